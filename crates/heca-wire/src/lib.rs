@@ -1,0 +1,26 @@
+//! Frames of the page protocol between a demander's pager and a memory sponsor.
+//!
+//! A frame is a 64-byte [`Header`] and a payload. Everything is little-endian. This crate encodes
+//! and decodes; it does no I/O, allocates only where the caller hands it a `Vec`, and never trusts
+//! a length that it has not compared with a limit. `docs/protocol.md` has the byte tables.
+//!
+//! | kind | from | payload |
+//! |---|---|---|
+//! | `Hello`, `HelloAck` | both | [`Hello`], [`HelloAck`] |
+//! | `Open`, `OpenAck` | pager, sponsor | [`Open`] + extent bitmap, [`OpenAck`] |
+//! | `Renew`, `Close` and their acks | pager, sponsor | none |
+//! | `Read`, `Stat`, `Discard`, `WriteAck`, `StatReply`, `DiscardAck` | | page entries |
+//! | `Write`, `ReadReply` | | page entries + page data |
+//! | `Error` | sponsor | text |
+#![forbid(unsafe_code)]
+
+mod body;
+mod checksum;
+mod header;
+
+pub use body::{
+    Body, EntryFlags, Hello, HelloAck, Open, OpenAck, OpenRequest, PageEntry, PageList, Role,
+    decode_body, encode_open, encode_pages,
+};
+pub use checksum::{is_zero_page, page_checksum};
+pub use header::{DecodeError, HEADER_BYTES, Header, Kind, MAGIC, VERSION_MAX, VERSION_MIN};
