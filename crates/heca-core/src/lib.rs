@@ -1,1 +1,16 @@
+//! The decisions of Hecatonchire as pure state machines.
+//!
+//! Nothing here does I/O, reads a clock, draws a random number or starts a thread: a machine gets
+//! events and returns actions. The same code runs under the real pager, under property tests and
+//! in the deterministic simulation.
+//!
+//! - [`pager`]: states of a region's pages; faults, fetches, eviction, prefetch.
+//! - [`sponsor`]: who may use which region; epochs, leases, quotas, page versions.
+//! - [`placement`]: which sponsors hold which extents.
+//! - [`invariants`]: the properties that must hold, each with its id.
+#![forbid(unsafe_code)]
 
+pub mod invariants;
+pub mod pager;
+pub mod placement;
+pub mod sponsor;

@@ -61,7 +61,7 @@ pub const LEASE_MS_MAX: u64 = 24 * 3_600_000;
 pub const BUDGET_PAGES_MIN: u64 = 4096;
 
 const _: () = {
-    assert!(EXTENT_BYTES % PAGE_BYTES as u64 == 0);
+    assert!(EXTENT_BYTES.is_multiple_of(PAGE_BYTES as u64));
     assert!(FRAME_PAYLOAD_MAX >= FRAME_PAGES_MAX * (PAGE_BYTES + 64));
     assert!(EVICT_BATCH_PAGES <= FRAME_PAGES_MAX, "a batch goes to a sponsor as one frame");
     assert!(EVICT_PAGES_IN_FLIGHT_MAX as u64 * 4 <= BUDGET_PAGES_MIN);

@@ -35,11 +35,13 @@ pub enum Status {
     StoreFailed = 11,
     /// The sponsor is shutting down.
     ShuttingDown = 12,
+    /// The sponsor holds a newer version of the page.
+    Superseded = 13,
 }
 
 impl Status {
     /// Every code, in order of its number.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Ok,
         Self::VersionUnsupported,
         Self::Malformed,
@@ -53,6 +55,7 @@ impl Status {
         Self::ChecksumMismatch,
         Self::StoreFailed,
         Self::ShuttingDown,
+        Self::Superseded,
     ];
 
     /// The code with this number, if there is one.
@@ -84,6 +87,7 @@ impl fmt::Display for Status {
             Self::ChecksumMismatch => "checksum mismatch",
             Self::StoreFailed => "the sponsor's store failed",
             Self::ShuttingDown => "the sponsor is shutting down",
+            Self::Superseded => "the sponsor holds a newer version of the page",
         })
     }
 }
@@ -98,6 +102,6 @@ mod tests {
             assert_eq!(usize::from(status.code()), position);
             assert_eq!(Status::from_code(status.code()), Some(status));
         }
-        assert_eq!(Status::from_code(13), None);
+        assert_eq!(Status::from_code(14), None);
     }
 }

@@ -1,0 +1,204 @@
+//! Eviction: unmap, store, park, drop.
+
+use heca_types::limits::{EVICT_BATCH_PAGES, EVICT_PAGES_IN_FLIGHT_MAX};
+use heca_types::{PageIndex, PageVersion};
+
+use super::machine::{DIRTY, PREFETCHED, Page, Pager, State, WANTED, ZERO};
+use super::{Action, Mutation, Unmapped};
+
+impl Pager {
+    /// Free frames below which pages are dropped.
+    pub(super) fn reserve_low(&self) -> u64 {
+        self.reserve_high() / 2
+    }
+
+    /// Free frames up to which pages are dropped: room for a burst of faults.
+    fn reserve_high(&self) -> u64 {
+        (self.config.budget_pages / 64).clamp(64, 8192)
+    }
+
+    /// Pages kept unmapped and stored, so that dropping them needs no network.
+    fn standby_target(&self) -> u64 {
+        (self.config.budget_pages / 16).clamp(256, 65_536)
+    }
+
+    /// Keeps free frames between the water marks: drops standby pages when free frames are few,
+    /// and unmaps further pages when free and standby frames together are few.
+    pub(super) fn balance(&mut self, out: &mut Vec<Action>) {
+        let free = self.free_frames() + self.punching as i64;
+        if free < self.reserve_low() as i64 {
+            let missing = (self.reserve_high() as i64 - free).clamp(0, EVICT_BATCH_PAGES as i64);
+            for _ in 0..missing {
+                let Some(page) = self.standby.pop(&mut self.links) else { break };
+                self.punch(PageIndex(page), out);
+            }
+        }
+        let in_flight = self.unmapping + self.storing;
+        let supply = self.free_frames() + (self.punching + in_flight + self.standby.len()) as i64;
+        let target = (self.reserve_high() + self.standby_target()) as i64;
+        let missing = target - supply;
+        let in_flight_room = EVICT_PAGES_IN_FLIGHT_MAX as u64 - in_flight.min(512);
+        // Half-empty batches cost as much as full ones.
+        if missing < EVICT_BATCH_PAGES as i64 / 2 || in_flight_room < EVICT_BATCH_PAGES as u64 {
+            return;
+        }
+        for _ in 0..missing.min(EVICT_BATCH_PAGES as i64) {
+            let Some(page) = self.active.pop(&mut self.links) else { break };
+            if self.live_mask(PageIndex(page)) == 0 {
+                // No sponsor could take it: let it be the youngest and look at others.
+                self.active.push(&mut self.links, page);
+                continue;
+            }
+            self.unmap(PageIndex(page), out);
+        }
+    }
+
+    fn punch(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        let p = self.page(page);
+        debug_assert_eq!(p.state, State::Standby);
+        p.state = State::Punching;
+        if p.has(PREFETCHED) {
+            p.flags &= !PREFETCHED;
+            self.prefetch_wasted();
+        }
+        self.punching += 1;
+        out.push(Action::Punch { page });
+    }
+
+    fn unmap(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        let replicas = self.live_mask(page);
+        let p = self.page(page);
+        debug_assert_eq!(p.state, State::Resident);
+        p.state = State::Unmapping;
+        let version = PageVersion(p.version).next();
+        p.version = version.0;
+        p.store = 0;
+        let dirty = p.has(DIRTY);
+        self.unmapping += 1;
+        out.push(Action::Unmap { page, version, dirty, replicas });
+    }
+
+    fn back_to_resident(&mut self, page: PageIndex, flags: u8) {
+        let p = self.page(page);
+        p.state = State::Resident;
+        p.flags = flags;
+        p.store = 0;
+        self.active.push(&mut self.links, page.0);
+    }
+
+    fn park(&mut self, page: PageIndex, flags: u8) {
+        let p = self.page(page);
+        p.state = State::Standby;
+        p.flags = flags;
+        p.store = 0;
+        self.standby.push(&mut self.links, page.0);
+    }
+
+    pub(super) fn unmapped(&mut self, page: PageIndex, version: PageVersion, outcome: Unmapped) {
+        self.unmapping -= 1;
+        let p: Page = *self.page(page);
+        if p.state != State::Unmapping || p.version != version.0 {
+            self.counters.late_results += 1;
+            return;
+        }
+        match outcome {
+            Unmapped::Mapped | Unmapped::Failed => {
+                self.counters.skipped_mapped += 1;
+                // Nothing was sent: the version that the sponsors hold is the one before.
+                self.page(page).version -= 1;
+                self.back_to_resident(page, p.flags);
+            }
+            Unmapped::Clean => {
+                debug_assert!(!p.has(DIRTY) && p.version > 1, "clean without a remote copy");
+                self.page(page).version -= 1;
+                self.counters.evicted_clean_pages += 1;
+                self.park(page, 0);
+            }
+            Unmapped::Zero(0) if p.version == 1 => {
+                self.page(page).version = 0;
+                self.counters.evicted_zero_pages += 1;
+                self.park(page, ZERO);
+            }
+            Unmapped::Sent(replicas) | Unmapped::Zero(replicas) => {
+                let zero = matches!(outcome, Unmapped::Zero(_));
+                let p = self.page(page);
+                p.state = State::Storing;
+                p.flags = if zero { ZERO } else { 0 };
+                p.store = replicas;
+                self.storing += 1;
+                self.settle(page);
+            }
+        }
+    }
+
+    pub(super) fn stored(&mut self, page: PageIndex, version: PageVersion, sponsor: u8, ok: bool) {
+        let Some(replica) = self.config.layout.replicas(page.extent()).position(sponsor) else {
+            return;
+        };
+        if !ok {
+            self.counters.store_failures += 1;
+        }
+        let p = self.page(page);
+        if p.state != State::Storing || p.version != version.0 {
+            self.counters.late_results += 1;
+            return;
+        }
+        if ok {
+            p.store |= 0x10 << replica;
+        } else {
+            p.store &= !(1 << replica);
+        }
+        self.settle(page);
+    }
+
+    /// Ends `Storing` once nothing is outstanding: in standby if every live replica has the page,
+    /// else back in use to be stored again later.
+    fn settle(&mut self, page: PageIndex) {
+        let live = self.live_mask(page);
+        let p = *self.page(page);
+        let (sent, acked) = (p.store & 0xf, p.store >> 4);
+        let early = self.config.mutation == Some(Mutation::PunchEarly) && acked != 0;
+        if sent & !acked != 0 && !early {
+            return;
+        }
+        self.storing -= 1;
+        if acked == 0 || (live & !acked != 0 && !early) {
+            self.back_to_resident(page, DIRTY);
+            return;
+        }
+        let extent = page.extent();
+        let all = self.config.layout.replicas(extent).all();
+        // Replicas that are down, or were when this was sent, now have a gap.
+        if !early {
+            self.stale[extent.0 as usize] |= all & !acked;
+        }
+        if p.has(ZERO) {
+            self.counters.evicted_zero_pages += 1;
+        } else {
+            self.counters.evicted_dirty_pages += 1;
+        }
+        self.park(page, p.flags & ZERO);
+    }
+
+    pub(super) fn punched(&mut self, page: PageIndex, ok: bool, out: &mut Vec<Action>) {
+        self.punching -= 1;
+        let p = *self.page(page);
+        debug_assert_eq!(p.state, State::Punching);
+        if !ok {
+            self.counters.punch_failures += 1;
+            if p.has(WANTED) {
+                self.back_to_resident(page, DIRTY);
+                out.push(Action::Continue { page, protect: false });
+            } else {
+                self.park(page, p.flags & ZERO);
+            }
+            return;
+        }
+        self.counters.punched_pages += 1;
+        self.frames -= 1;
+        self.drop_to_remote(page, p.has(ZERO));
+        if p.has(WANTED) {
+            self.want_again(page, out);
+        }
+    }
+}

@@ -1,0 +1,675 @@
+//! The state machine: faults, fetches, installs.
+
+use heca_types::limits::PREFETCH_PAGES_IN_FLIGHT_MAX;
+use heca_types::{PageIndex, PageVersion};
+
+use super::list::{Links, List};
+use super::stream::Streams;
+use super::{
+    Action, Config, Counters, Event, FaultKind, FetchClass, FetchError, Gauges, Install,
+    InstallResult, Mutation, Protection,
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    Untouched,
+    Resident,
+    Unmapping,
+    Storing,
+    Standby,
+    Punching,
+    Remote,
+    Fetching,
+    Poisoned,
+}
+
+/// The sponsors may not have the page's content: store it even if the kernel calls it clean.
+pub(super) const DIRTY: u8 = 1;
+/// A thread waits for the page.
+pub(super) const WANTED: u8 = 2;
+/// The content is all zeros: once dropped, the page is untouched again.
+pub(super) const ZERO: u8 = 4;
+/// Brought by prefetch and not used yet.
+pub(super) const PREFETCHED: u8 = 8;
+
+/// One page, in 8 bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Page {
+    /// Version of the newest attempt to store the page; 0 if there was none.
+    pub(super) version: u32,
+    pub(super) state: State,
+    pub(super) flags: u8,
+    /// Storing: replicas that were sent the page (low half) and acknowledged it (high half).
+    pub(super) store: u8,
+    /// Fetching: replica asked (low half) and replicas that failed (high half).
+    pub(super) fetch: u8,
+}
+
+const _: () = assert!(size_of::<Page>() == 8);
+
+impl Page {
+    pub(super) fn has(self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// Replicas of an extent that missed a write.
+pub(super) type StaleMask = u8;
+
+/// The pages of one region. See the module's documentation for states and contract.
+#[derive(Debug, Clone)]
+pub struct Pager {
+    pub(super) config: Config,
+    pub(super) pages: Vec<Page>,
+    pub(super) links: Links,
+    pub(super) active: List,
+    pub(super) standby: List,
+    /// Faults that wait for a frame.
+    stalled: List,
+    /// Faults that wait for a sponsor.
+    blocked: List,
+    pub(super) stale: Vec<StaleMask>,
+    up: u16,
+    pub(super) frames: u64,
+    pub(super) unmapping: u64,
+    pub(super) storing: u64,
+    pub(super) punching: u64,
+    prefetching: u64,
+    remote: u64,
+    untouched: u64,
+    poisoned: u64,
+    streams: Streams,
+    restore_next: Option<u64>,
+    pub(super) counters: Counters,
+    owner_gone: bool,
+}
+
+impl Pager {
+    /// A pager whose region is all untouched and whose sponsors are all up.
+    ///
+    /// # Panics
+    /// If the layout does not cover the pages.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        let pages = config.pages;
+        let extents = pages.div_ceil(heca_types::limits::EXTENT_PAGES);
+        assert!(u64::from(config.layout.len()) >= extents, "layout too short for the region");
+        let page = Page { version: 0, state: State::Untouched, flags: 0, store: 0, fetch: 0 };
+        Self {
+            pages: vec![page; pages as usize],
+            links: Links::new(pages),
+            active: List::new(),
+            standby: List::new(),
+            stalled: List::new(),
+            blocked: List::new(),
+            stale: vec![0; config.layout.len() as usize],
+            up: ((1u32 << config.sponsors) - 1) as u16,
+            frames: 0,
+            unmapping: 0,
+            storing: 0,
+            punching: 0,
+            prefetching: 0,
+            remote: 0,
+            untouched: pages,
+            poisoned: 0,
+            streams: Streams::new(),
+            restore_next: None,
+            counters: Counters::default(),
+            owner_gone: false,
+            config,
+        }
+    }
+
+    /// Declares a page that was in local memory before the pager began. To be called before the
+    /// first event.
+    pub fn adopt_resident(&mut self, page: PageIndex) {
+        let p = &mut self.pages[page.0 as usize];
+        if p.state == State::Untouched {
+            p.state = State::Resident;
+            p.flags = DIRTY;
+            self.untouched -= 1;
+            self.frames += 1;
+            self.active.push(&mut self.links, page.0);
+        }
+    }
+
+    /// Counts since the start.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Where the pages are now.
+    #[must_use]
+    pub fn gauges(&self) -> Gauges {
+        Gauges {
+            pages: self.config.pages,
+            budget_pages: self.config.budget_pages,
+            local_pages: self.frames,
+            resident_pages: self.active.len() + self.unmapping + self.storing,
+            standby_pages: self.standby.len() + self.punching,
+            remote_pages: self.remote,
+            untouched_pages: self.untouched,
+            stalled_faults: self.stalled.len(),
+            blocked_faults: self.blocked.len(),
+            poisoned_pages: self.poisoned,
+        }
+    }
+
+    /// Whether the kernel reported that the owner of the memory is gone.
+    #[must_use]
+    pub fn owner_gone(&self) -> bool {
+        self.owner_gone
+    }
+
+    /// After [`Event::Restore`]: whether every page is local and nothing is in flight.
+    #[must_use]
+    pub fn is_restored(&self) -> bool {
+        self.restore_next == Some(self.config.pages)
+            && self.remote == 0
+            && self.prefetching == 0
+            && self.punching + self.storing + self.unmapping == 0
+            && self.stalled.len() + self.blocked.len() == 0
+            && self.frames + self.untouched + self.poisoned == self.config.pages
+    }
+
+    /// Bytes that this machine's tables use, for sizing.
+    #[must_use]
+    pub fn table_bytes(&self) -> u64 {
+        self.config.pages * (size_of::<Page>() as u64 + 8)
+    }
+
+    /// Takes one event and appends what is to be done.
+    pub fn step(&mut self, event: Event, out: &mut Vec<Action>) {
+        match event {
+            Event::Fault { page, kind } => self.fault(page, kind, out),
+            Event::Fetched { page } => self.fetched(page, out),
+            Event::FetchFailed { page, sponsor, error } => {
+                self.fetch_failed(page, sponsor, error, out);
+            }
+            Event::Installed { page, what, result } => self.installed(page, what, result, out),
+            Event::Unmapped { page, version, outcome } => self.unmapped(page, version, outcome),
+            Event::Stored { page, version, sponsor } => self.stored(page, version, sponsor, true),
+            Event::StoreFailed { page, version, sponsor } => {
+                self.stored(page, version, sponsor, false);
+            }
+            Event::Punched { page, ok } => self.punched(page, ok, out),
+            Event::SponsorDown { sponsor } => self.up &= !(1 << sponsor),
+            Event::SponsorUp { sponsor } => self.sponsor_up(sponsor, out),
+            Event::SetBudget { pages } => {
+                if self.restore_next.is_none() {
+                    self.config.budget_pages = pages;
+                }
+            }
+            Event::Restore => {
+                self.config.budget_pages = u64::MAX / 4;
+                self.restore_next = Some(0);
+            }
+            Event::Tick => {}
+        }
+        if self.owner_gone {
+            out.clear();
+            return;
+        }
+        self.serve_stalled(out);
+        self.balance(out);
+        self.restore_more(out);
+    }
+
+    pub(super) fn page(&mut self, page: PageIndex) -> &mut Page {
+        &mut self.pages[page.0 as usize]
+    }
+
+    /// Free frames; negative after the budget was lowered.
+    pub(super) fn free_frames(&self) -> i64 {
+        self.config.budget_pages as i64 - self.frames as i64
+    }
+
+    fn may_take_frame(&self) -> bool {
+        self.free_frames() > 0 || self.config.mutation == Some(Mutation::IgnoreBudget)
+    }
+
+    fn fault(&mut self, page: PageIndex, kind: FaultKind, out: &mut Vec<Action>) {
+        self.counters.faults += 1;
+        match kind {
+            FaultKind::Missing => self.counters.faults_missing += 1,
+            FaultKind::Minor => self.counters.faults_minor += 1,
+            FaultKind::WriteProtect => self.counters.faults_write_protect += 1,
+        }
+        let p = *self.page(page);
+        match p.state {
+            State::Untouched | State::Remote if p.has(WANTED) => {}
+            State::Untouched | State::Remote => self.want(page, out),
+            State::Resident => self.touch_resident(page, kind, out),
+            State::Unmapping => {
+                self.counters.cancelled_unmapping += 1;
+                self.cancel(page, kind, out);
+            }
+            State::Storing => {
+                self.counters.cancelled_storing += 1;
+                self.storing -= 1;
+                self.cancel(page, kind, out);
+            }
+            State::Standby => self.touch_standby(page, kind, out),
+            State::Punching => {
+                self.counters.faults_while_punching += 1;
+                if self.config.mutation != Some(Mutation::ForgetFault) {
+                    self.page(page).flags |= WANTED;
+                }
+            }
+            State::Fetching => {
+                self.counters.faults_while_fetching += 1;
+                self.page(page).flags |= WANTED;
+                if self.config.mutation == Some(Mutation::FetchTwice) {
+                    self.ask(page, FetchClass::Demand, out);
+                }
+            }
+            State::Poisoned => out.push(Action::Wake { page }),
+        }
+    }
+
+    /// A fault on a page that is not local.
+    fn want(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        self.page(page).flags |= WANTED;
+        if self.stalled.len() > 0 || !self.may_take_frame() {
+            self.counters.faults_stalled += 1;
+            self.stalled.push(&mut self.links, page.0);
+            return;
+        }
+        self.bring(page, out);
+    }
+
+    /// Starts to bring a wanted page for which there is a frame.
+    fn bring(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        let p = *self.page(page);
+        debug_assert!(p.has(WANTED));
+        if p.state == State::Untouched {
+            self.frames += 1;
+            self.untouched -= 1;
+            self.counters.zero_installs += 1;
+            self.page(page).state = State::Fetching;
+            out.push(Action::Zero { page });
+            return;
+        }
+        debug_assert_eq!(p.state, State::Remote);
+        self.start_fetch(page, FetchClass::Demand, out);
+        self.fetch_ahead(page, out);
+    }
+
+    fn start_fetch(&mut self, page: PageIndex, class: FetchClass, out: &mut Vec<Action>) {
+        self.remote -= 1;
+        self.frames += 1;
+        let p = self.page(page);
+        p.state = State::Fetching;
+        p.fetch = 0;
+        match class {
+            FetchClass::Demand => self.counters.demand_fetches += 1,
+            FetchClass::Prefetch => {
+                self.page(page).flags |= PREFETCHED;
+                self.prefetching += 1;
+                self.counters.prefetches += 1;
+            }
+        }
+        self.ask(page, class, out);
+    }
+
+    /// Asks the best replica that has not failed for this fetch: one that is up and missed no
+    /// write, else one that is up (the version tells whether its copy is current). If there is
+    /// none the fault waits for a sponsor; if all of them failed the page is lost.
+    fn ask(&mut self, page: PageIndex, class: FetchClass, out: &mut Vec<Action>) {
+        let set = self.config.layout.replicas(page.extent());
+        let stale = self.stale[page.extent().0 as usize];
+        let p = *self.page(page);
+        let failed = p.fetch >> 4;
+        let up = self.up_mask(page);
+        let fresh = up & !failed & !stale;
+        let usable = if fresh == 0 { up & !failed } else { fresh };
+        if usable != 0 {
+            let replica = usable.trailing_zeros() as u8;
+            if fresh == 0 {
+                self.counters.fetched_from_stale += 1;
+            }
+            let p = self.page(page);
+            p.fetch = (p.fetch & 0xf0) | replica;
+            let version = PageVersion(p.version);
+            let sponsor = set.sponsors()[usize::from(replica)];
+            out.push(Action::Fetch { page, version, sponsor, class });
+            return;
+        }
+        self.give_up_fetch(page);
+        if !p.has(WANTED) {
+            return;
+        }
+        if failed == set.all() {
+            self.remote -= 1;
+            self.poisoned += 1;
+            self.counters.poisoned_pages += 1;
+            let p = self.page(page);
+            p.state = State::Poisoned;
+            p.flags = 0;
+            out.push(Action::Poison { page });
+            return;
+        }
+        self.counters.faults_blocked += 1;
+        self.blocked.push(&mut self.links, page.0);
+    }
+
+    /// Replicas of the page's extent that can be reached.
+    pub(super) fn up_mask(&self, page: PageIndex) -> u8 {
+        let set = self.config.layout.replicas(page.extent());
+        let bits = set.sponsors().iter().enumerate();
+        bits.filter(|&(_, &s)| self.up >> s & 1 == 1).fold(0, |mask, (i, _)| mask | 1 << i)
+    }
+
+    /// Replicas that a write must reach: up, and without a gap.
+    pub(super) fn live_mask(&self, page: PageIndex) -> u8 {
+        self.up_mask(page) & !self.stale[page.extent().0 as usize]
+    }
+
+    /// A fetch ended without a page: its frame is free, the page is remote.
+    fn give_up_fetch(&mut self, page: PageIndex) {
+        let p = self.page(page);
+        debug_assert_eq!(p.state, State::Fetching);
+        p.state = State::Remote;
+        let was_prefetch = p.has(PREFETCHED);
+        p.flags &= !PREFETCHED;
+        self.prefetching -= u64::from(was_prefetch);
+        self.frames -= 1;
+        self.remote += 1;
+    }
+
+    fn fetched(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        let p = *self.page(page);
+        if p.state != State::Fetching {
+            self.counters.late_results += 1;
+            return;
+        }
+        if p.has(WANTED) || !p.has(PREFETCHED) {
+            out.push(Action::Copy { page });
+        } else {
+            out.push(Action::Fill { page });
+        }
+    }
+
+    fn fetch_failed(
+        &mut self,
+        page: PageIndex,
+        sponsor: u8,
+        error: FetchError,
+        out: &mut Vec<Action>,
+    ) {
+        let set = self.config.layout.replicas(page.extent());
+        let p = *self.page(page);
+        let replica = p.fetch & 0xf;
+        if p.state != State::Fetching || set.position(sponsor) != Some(replica) {
+            self.counters.late_results += 1;
+            return;
+        }
+        if error == FetchError::Corrupt {
+            self.counters.corrupt_replies += 1;
+        }
+        if error != FetchError::Lost {
+            self.page(page).fetch |= 1 << (4 + replica);
+        }
+        if p.has(PREFETCHED) && !p.has(WANTED) {
+            // Nobody waits: a later fault tries again with all replicas.
+            self.give_up_fetch(page);
+            return;
+        }
+        self.counters.fetch_retries += 1;
+        if p.has(PREFETCHED) {
+            self.prefetching -= 1;
+            self.page(page).flags &= !PREFETCHED;
+        }
+        self.ask(page, FetchClass::Demand, out);
+    }
+
+    fn make_resident(&mut self, page: PageIndex, flags: u8) {
+        let p = self.page(page);
+        p.state = State::Resident;
+        p.flags = flags;
+        self.active.push(&mut self.links, page.0);
+    }
+
+    fn installed(
+        &mut self,
+        page: PageIndex,
+        what: Install,
+        result: InstallResult,
+        out: &mut Vec<Action>,
+    ) {
+        match result {
+            InstallResult::Gone => {
+                self.owner_gone = true;
+                return;
+            }
+            InstallResult::Exists => self.counters.install_exists += 1,
+            InstallResult::Again => self.counters.install_again += 1,
+            InstallResult::NoMemory => self.counters.install_no_memory += 1,
+            InstallResult::Ok | InstallResult::Hole => {}
+        }
+        match what {
+            Install::Copy | Install::Fill | Install::Zero => self.filled(page, what, result, out),
+            Install::Continue => match result {
+                InstallResult::Exists => out.push(Action::Wake { page }),
+                InstallResult::Again | InstallResult::NoMemory => {
+                    let protect = false;
+                    self.page(page).flags |= DIRTY;
+                    out.push(Action::Continue { page, protect });
+                }
+                InstallResult::Hole => {
+                    // Nobody but the owner frees pages in this state: it discarded the page
+                    // (a balloon does), and expects zeros.
+                    self.counters.owner_discards += 1;
+                    self.page(page).flags |= DIRTY;
+                    out.push(Action::Zero { page });
+                }
+                InstallResult::Ok | InstallResult::Gone => {}
+            },
+            Install::Unprotect => {
+                if result == InstallResult::Again {
+                    out.push(Action::Unprotect { page });
+                }
+            }
+        }
+    }
+
+    /// The kernel answered `Copy`, `Fill` or `Zero`.
+    fn filled(
+        &mut self,
+        page: PageIndex,
+        what: Install,
+        result: InstallResult,
+        out: &mut Vec<Action>,
+    ) {
+        let p = *self.page(page);
+        if p.state != State::Fetching {
+            // `Zero` after `Hole`: the page is resident already.
+            match result {
+                InstallResult::Exists => out.push(Action::Continue { page, protect: false }),
+                InstallResult::Again | InstallResult::NoMemory => out.push(Action::Zero { page }),
+                _ => {}
+            }
+            return;
+        }
+        match result {
+            InstallResult::Again if what == Install::Zero => out.push(Action::Zero { page }),
+            InstallResult::Again => {
+                self.ask(page, FetchClass::Demand, out);
+            }
+            InstallResult::NoMemory | InstallResult::Hole => self.no_memory(page, what),
+            InstallResult::Ok | InstallResult::Exists | InstallResult::Gone => {
+                self.prefetching -= u64::from(p.has(PREFETCHED));
+                if result == InstallResult::Exists {
+                    // Somebody put a page there: what is there counts.
+                    self.make_resident(page, DIRTY);
+                    out.push(Action::Continue { page, protect: false });
+                } else if what == Install::Fill {
+                    let p = self.page(page);
+                    p.state = State::Standby;
+                    p.flags = PREFETCHED;
+                    self.standby.push(&mut self.links, page.0);
+                } else {
+                    let zero = what == Install::Zero;
+                    self.make_resident(page, if zero { DIRTY } else { 0 });
+                }
+            }
+        }
+    }
+
+    /// The kernel had no memory for a page: wait for eviction to make room.
+    fn no_memory(&mut self, page: PageIndex, what: Install) {
+        let wanted = self.page(page).has(WANTED);
+        if what == Install::Zero {
+            self.page(page).state = State::Untouched;
+            self.frames -= 1;
+            self.untouched += 1;
+        } else {
+            self.give_up_fetch(page);
+        }
+        if wanted {
+            self.counters.faults_stalled += 1;
+            self.stalled.push(&mut self.links, page.0);
+        }
+    }
+
+    fn touch_resident(&mut self, page: PageIndex, kind: FaultKind, out: &mut Vec<Action>) {
+        if kind == FaultKind::WriteProtect {
+            self.page(page).flags |= DIRTY;
+            out.push(Action::Unprotect { page });
+            return;
+        }
+        // The mapping went away without our doing (the kernel reclaims mappings), or the event is
+        // old. Whether the page was written before is unknown under `Zap`.
+        let protect = match self.config.protection {
+            Protection::Zap => false,
+            Protection::WriteProtect => !self.page(page).has(DIRTY),
+        };
+        if !protect {
+            self.page(page).flags |= DIRTY;
+        }
+        out.push(Action::Continue { page, protect });
+    }
+
+    /// A touch ends an eviction that was under way. A copy may be on its way to the sponsors, and
+    /// the page may be written from here on: it counts as dirty.
+    fn cancel(&mut self, page: PageIndex, kind: FaultKind, out: &mut Vec<Action>) {
+        let forget = self.config.mutation == Some(Mutation::ForgetDirty);
+        self.make_resident(page, if forget { 0 } else { DIRTY });
+        self.page(page).store = 0;
+        if kind == FaultKind::WriteProtect {
+            out.push(Action::Unprotect { page });
+        } else {
+            out.push(Action::Continue { page, protect: forget });
+        }
+    }
+
+    fn touch_standby(&mut self, page: PageIndex, kind: FaultKind, out: &mut Vec<Action>) {
+        self.counters.standby_hits += 1;
+        self.standby.remove(&mut self.links, page.0);
+        let p = *self.page(page);
+        let prefetched = p.has(PREFETCHED);
+        // A page of zeros that no sponsor was told of has no remote copy.
+        let no_copy = if p.version == 0 { DIRTY } else { 0 };
+        if kind == FaultKind::WriteProtect {
+            self.make_resident(page, DIRTY);
+            out.push(Action::Unprotect { page });
+        } else {
+            self.make_resident(page, no_copy);
+            out.push(Action::Continue { page, protect: true });
+        }
+        if prefetched {
+            self.counters.prefetches_used += 1;
+            self.streams.useful();
+            self.fetch_ahead(page, out);
+        }
+    }
+
+    fn fetch_ahead(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        if !self.config.prefetch {
+            return;
+        }
+        let range = self.streams.access(page.0);
+        for next in range.start..range.end.min(self.config.pages) {
+            self.prefetch(PageIndex(next), out);
+        }
+    }
+
+    pub(super) fn prefetch_wasted(&mut self) {
+        self.counters.prefetches_wasted += 1;
+        self.streams.wasted();
+    }
+
+    fn prefetch(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        let p = *self.page(page);
+        let room = self.free_frames() > self.reserve_low() as i64
+            && self.prefetching < PREFETCH_PAGES_IN_FLIGHT_MAX as u64;
+        if p.state == State::Remote && !p.has(WANTED) && room && self.up_mask(page) != 0 {
+            self.start_fetch(page, FetchClass::Prefetch, out);
+        }
+    }
+
+    fn serve_stalled(&mut self, out: &mut Vec<Action>) {
+        while self.stalled.len() > 0 && self.may_take_frame() {
+            let Some(page) = self.stalled.pop(&mut self.links) else { return };
+            let before = self.stalled.len();
+            self.bring(PageIndex(page), out);
+            if self.stalled.len() > before {
+                return;
+            }
+        }
+    }
+
+    fn sponsor_up(&mut self, sponsor: u8, out: &mut Vec<Action>) {
+        self.up |= 1 << sponsor;
+        // Each blocked fault gets one look; those that still find no sponsor queue up again.
+        for _ in 0..self.blocked.len() {
+            let Some(page) = self.blocked.pop(&mut self.links) else { return };
+            self.stalled.push(&mut self.links, page);
+        }
+        self.serve_stalled(out);
+    }
+
+    /// A page's local memory is free.
+    pub(super) fn drop_to_remote(&mut self, page: PageIndex, zero: bool) {
+        let p = self.page(page);
+        p.flags &= WANTED;
+        p.state = if zero { State::Untouched } else { State::Remote };
+        self.untouched += u64::from(zero);
+        self.remote += u64::from(!zero);
+    }
+
+    /// A dropped page that somebody wants.
+    pub(super) fn want_again(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        self.page(page).flags &= !WANTED;
+        self.want(page, out);
+    }
+
+    /// After `Restore`: fetch what is remote, a bounded number at a time.
+    fn restore_more(&mut self, out: &mut Vec<Action>) {
+        let Some(mut next) = self.restore_next else { return };
+        while next < self.config.pages {
+            let page = PageIndex(next);
+            let p = *self.page(page);
+            match p.state {
+                State::Remote if !p.has(WANTED) => {
+                    let before = self.prefetching;
+                    self.prefetch(page, out);
+                    if self.prefetching == before {
+                        break;
+                    }
+                }
+                // Look again when its fate is known.
+                State::Punching => break,
+                _ => {}
+            }
+            next += 1;
+        }
+        // A fetch that failed left its page behind: look at all pages again.
+        let all_seen = next == self.config.pages;
+        if all_seen && self.remote > 0 && self.prefetching == 0 && self.blocked.len() == 0 {
+            next = 0;
+        }
+        self.restore_next = Some(next);
+    }
+}
