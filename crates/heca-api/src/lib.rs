@@ -1,1 +1,16 @@
+//! Types of the agent's REST API, and a client for it.
+//!
+//! The agent serves JSON over HTTP on a unix socket (rights of the socket file decide who may use
+//! it). A pager serves the part about itself in the same way to its agent.
+#![forbid(unsafe_code)]
 
+mod client;
+mod stats;
+mod vm;
+
+pub use client::{Client, ClientError};
+pub use stats::{Latency, PagerStats, Quantiles, Rates, SponsorStats};
+pub use vm::{
+    AccelChoice, AgentInfo, ApiError, Boot, EvictionChoice, Network, PagerState, Resize,
+    SponsorAddress, Stop, VmInfo, VmRequest, VmState,
+};

@@ -1,1 +1,15 @@
+//! Several hosts on one machine.
+//!
+//! A [`Lab`] is a set of network namespaces joined by a bridge, with an agent in each that is
+//! asked to run one. Everything that a lab makes goes away when it is dropped, also when a test
+//! panics: processes, namespaces, files on tmpfs. Needs root and iproute2.
+#![forbid(unsafe_code)]
 
+mod cpio;
+mod guest;
+mod host;
+mod net;
+
+pub use guest::{GuestImage, find_kernel};
+pub use host::{AgentOptions, Host, heca_binary};
+pub use net::Lab;

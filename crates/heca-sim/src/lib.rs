@@ -1,1 +1,105 @@
+//! Deterministic simulation of Hecatonchire.
+//!
+//! The real [`heca_core::pager::Pager`] and [`heca_core::sponsor::Sponsor`] run in a fake world:
+//! a kernel with userfaultfd, vCPUs, the evictor thread, connections and sponsors that crash, lose
+//! and delay. Everything is on one thread and drawn from one seed, so that a run can be done again
+//! exactly. The checks ([`heca_core::invariants`]) know what the guest wrote and what sponsors
+//! hold, and do not ask the machines.
+//!
+//! A run is a row of worlds, each with its own seed, settings and kinds of trouble. In each world
+//! trouble and rest take turns: at rest everything works, and every waiting vCPU must get on.
+#![forbid(unsafe_code)]
 
+mod actions;
+mod chaos;
+mod evictor;
+mod guest;
+mod history;
+mod kernel;
+mod network;
+mod oracle;
+mod params;
+mod report;
+mod rng;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use heca_core::pager::Mutation;
+
+pub use report::{Branch, InvariantChecks, Report, SIM_1, Violation, rare_branches_missed};
+
+use history::History;
+use oracle::Failure;
+use report::Stats;
+use world::World;
+
+/// Ticks of one world: long enough to fill and empty its memory many times, short enough that a
+/// long run sees many settings.
+const WORLD_TICKS: u64 = 25_000;
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where all chance comes from.
+    pub seed: u64,
+    /// Steps to do.
+    pub ticks: u64,
+    /// Break an invariant on purpose.
+    pub mutation: Option<Mutation>,
+}
+
+/// Runs worlds one after the other until the ticks are used up.
+///
+/// # Errors
+/// The first invariant that does not hold, with the history of what led to it.
+pub fn run(options: &Options) -> Result<Report, Box<Violation>> {
+    let mut stats = Stats::default();
+    let (mut ticks, mut worlds) = (0, 0);
+    // The first world has the seed of the run: so a world can be run alone.
+    let mut seed = options.seed;
+    while ticks < options.ticks || worlds == 0 {
+        let world_ticks = (options.ticks - ticks).min(WORLD_TICKS);
+        let mut world = World::new(seed, options.mutation, stats);
+        if run_world(&mut world, world_ticks).is_err() {
+            return Err(Box::new(explain(seed, world_ticks, options.mutation)));
+        }
+        ticks += world.tick;
+        stats = world.stats;
+        worlds += 1;
+        seed = rng::mix(seed);
+    }
+    Ok(stats.report(options.seed, ticks, worlds))
+}
+
+/// Runs a world; a panic of a machine (a failed debug assertion) is a violation, too.
+fn run_world(world: &mut World, ticks: u64) -> Result<(), Failure> {
+    // What a panic leaves behind in the world is only read for the report.
+    catch_unwind(AssertUnwindSafe(|| world.run(ticks))).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        let detail = format!("panic: {}", text.unwrap_or("without a text"));
+        Err(Failure { invariant: SIM_1, page: None, detail })
+    })
+}
+
+/// Runs a world that failed once more, this time taking notes.
+fn explain(seed: u64, ticks: u64, mutation: Option<Mutation>) -> Violation {
+    let mut world = World::new(seed, mutation, Stats::default());
+    world.history = Some(History::default());
+    let failure = run_world(&mut world, ticks).expect_err("a world does the same each time");
+    let sponsors = failure.page.map(|page| world.layout.replicas(page.extent()));
+    let sponsors = sponsors.as_ref().map_or(&[][..], |set| set.sponsors());
+    let page = failure.page.map(|page| page.0);
+    let history = world.history.unwrap_or_default().lines(page, sponsors);
+    Violation {
+        invariant: failure.invariant,
+        seed,
+        ticks,
+        mutation,
+        tick: world.tick,
+        page,
+        detail: failure.detail,
+        history,
+    }
+}

@@ -482,12 +482,28 @@ pub fn encode_open(
 ///
 /// # Panics
 /// If there are more entries than a frame may hold.
-pub fn encode_pages(mut header: Header, entries: &[PageEntry], data: &[u8], out: &mut Vec<u8>) {
-    assert!(entries.len() <= FRAME_PAGES_MAX, "{} entries in one frame", entries.len());
-    header.count = entries.len() as u32;
-    append(out, header, &[entries.as_bytes(), data]);
+pub fn encode_pages(header: Header, entries: &[PageEntry], data: &[u8], out: &mut Vec<u8>) {
+    encode_pages_parts(header, entries, data.len(), out);
+    out.extend_from_slice(data);
 }
 
+/// Appends the header and the entries of a frame whose `data_bytes` bytes of page data the caller
+/// sends after them.
+///
+/// # Panics
+/// If there are more entries than a frame may hold.
+pub fn encode_pages_parts(
+    mut header: Header,
+    entries: &[PageEntry],
+    data_bytes: usize,
+    out: &mut Vec<u8>,
+) {
+    assert!(entries.len() <= FRAME_PAGES_MAX, "{} entries in one frame", entries.len());
+    header.count = entries.len() as u32;
+    header.payload_bytes = (size_of_val(entries) + data_bytes) as u32;
+    out.extend_from_slice(&header.encode());
+    out.extend_from_slice(entries.as_bytes());
+}
 
 fn encode_error_text(header: Header, text: &str, out: &mut Vec<u8>) {
     let end = text.floor_char_boundary(ERROR_TEXT_MAX);

@@ -1,1 +1,73 @@
-fn main(){}
+//! `heca`: agent, pager and command line of Hecatonchire.
+#![forbid(unsafe_code)]
+
+mod attach;
+mod bench;
+mod cli;
+mod memtest;
+mod output;
+mod vm;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use cli::{Cli, Command};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let default = if matches!(cli.command, Command::Agent(_) | Command::Pager(_)) {
+        "info"
+    } else {
+        "warn"
+    };
+    let filter = EnvFilter::try_from_env("HECA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(rustix::termios::isatty(std::io::stderr()))
+        .init();
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            output::print_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Agent(arguments) => {
+            let config = arguments.into_config()?;
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()?;
+            runtime.block_on(heca_agent::agent::run(config))?;
+        }
+        Command::Pager(arguments) => {
+            let config = serde_json::from_slice(&std::fs::read(&arguments.config)?)?;
+            heca_agent::pager::serve(&config, &arguments.socket, &arguments.last)?;
+        }
+        Command::Vm(arguments) => {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            return runtime.block_on(vm::run(arguments));
+        }
+        Command::Attach(arguments) => return attach::run(&arguments),
+        Command::Doctor(arguments) => {
+            let report = heca_agent::doctor::examine(&arguments.memory_dir);
+            output::print_doctor(&report, arguments.json)?;
+            if report.has_failures() {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Sim(arguments) => return output::run_sim(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments)?,
+        Command::Memtest(arguments) => return memtest::run(&arguments),
+        Command::BenchTarget(arguments) => bench::target::run(&arguments)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,42 @@
+# The two commands of the README, and what they are made of. Needs root, apt and Rust.
+
+CARGO ?= cargo
+
+.PHONY: all deps build test lint unit demo bench sim fuzz clean help
+
+all: build
+
+help: ## Show the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+deps: ## Install what the demo and the tests need (QEMU, a guest kernel, busybox, mbw, iproute2)
+	scripts/install-deps.sh
+
+build: ## Build the programs
+	$(CARGO) build --release --locked -p heca -p heca-lab
+
+lint: ## Formatting, lints, rules of the tree
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	scripts/check-tree.sh
+
+unit: deps ## All tests
+	$(CARGO) build --locked --workspace --bins
+	$(CARGO) test --locked --workspace --no-fail-fast
+
+test: deps lint unit ## Install, build, lint and run all tests
+
+demo: deps build ## Three hosts, a guest on pooled memory, a memory test in it
+	target/release/heca-demo
+
+bench: deps build ## Latency of remote faults beside its floors
+	target/release/heca bench fault
+
+sim: build ## A million steps of the pager in a simulated world
+	target/release/heca sim --seed 1 --ticks 1000000
+
+fuzz: ## Fuzz the frame decoder for a minute (needs nightly Rust and cargo-fuzz)
+	cd fuzz && $(CARGO) +nightly fuzz run frames -- -max_total_time=60
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,339 @@
+//! A connection that carries frames of the page protocol, from the pager's side or the sponsor's.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use heca_types::limits::{CONNECT_TIMEOUT_MS, FRAME_PAYLOAD_MAX, SILENCE_TIMEOUT_MS};
+use heca_types::{OwnerId, Status};
+use heca_wire::{
+    Body, DecodeError, HEADER_BYTES, Header, Hello, HelloAck, Kind, Role, VERSION_MAX,
+    VERSION_MIN, decode_body,
+};
+use rustix::net::{RecvFlags, SendFlags, sockopt};
+
+/// Room for a whole frame and the beginning of the next.
+const BUFFER_BYTES: usize = HEADER_BYTES + FRAME_PAYLOAD_MAX + 64 * 1024;
+
+/// Why a connection is of no more use.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LinkError {
+    /// The peer cannot be reached, or went away.
+    #[error("connection failed")]
+    Io(#[from] io::Error),
+    /// The peer closed the connection.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The peer sent bytes that are not a frame.
+    #[error("broken frame")]
+    Decode(#[from] DecodeError),
+    /// The peer refused a request.
+    #[error("refused: {text} ({status})")]
+    Refused {
+        /// Code.
+        status: Status,
+        /// The peer's words.
+        text: String,
+    },
+    /// The peer answered something that was not asked.
+    #[error("unexpected {found:?} frame")]
+    Unexpected {
+        /// What came.
+        found: Kind,
+    },
+    /// The name does not resolve.
+    #[error("`{address}` names no address; write HOST:PORT")]
+    Address {
+        /// What was given.
+        address: String,
+    },
+}
+
+/// A frame connection with buffers of its own.
+#[derive(Debug)]
+pub struct Link {
+    stream: TcpStream,
+    input: Vec<u8>,
+    start: usize,
+    end: usize,
+    output: Vec<u8>,
+    sent: usize,
+    /// Bytes received and sent since the connection was made.
+    pub bytes_received: u64,
+    /// Bytes sent since the connection was made.
+    pub bytes_sent: u64,
+}
+
+impl Link {
+    /// Wraps a connected stream.
+    ///
+    /// # Errors
+    /// Those of setting socket options.
+    pub fn new(stream: TcpStream) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        // A peer host that vanishes is noticed by its missing acknowledgements.
+        sockopt::set_tcp_user_timeout(&stream, SILENCE_TIMEOUT_MS as u32)?;
+        sockopt::set_socket_keepalive(&stream, true)?;
+        sockopt::set_tcp_keepidle(&stream, Duration::from_secs(2))?;
+        sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(1))?;
+        Ok(Self {
+            stream,
+            input: vec![0; BUFFER_BYTES],
+            start: 0,
+            end: 0,
+            output: Vec::with_capacity(64 * 1024),
+            sent: 0,
+            bytes_received: 0,
+            bytes_sent: 0,
+        })
+    }
+
+    /// Connects to a sponsor and agrees on a version.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn connect(
+        address: &str,
+        role: Role,
+        owner: OwnerId,
+    ) -> Result<(Self, HelloAck), LinkError> {
+        let timeout = Duration::from_millis(CONNECT_TIMEOUT_MS);
+        let unknown = || LinkError::Address { address: address.to_owned() };
+        let addresses: Vec<SocketAddr> =
+            address.to_socket_addrs().map_err(|_| unknown())?.collect();
+        let mut last = unknown();
+        for address in addresses {
+            match TcpStream::connect_timeout(&address, timeout) {
+                Ok(stream) => {
+                    let mut link = Self::new(stream)?;
+                    let hello =
+                        Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, role, owner };
+                    hello.encode(link.output());
+                    let ack = link.request(timeout, |_, body| match body {
+                        Body::HelloAck(ack) => Some(*ack),
+                        _ => None,
+                    })?;
+                    return Ok((link, ack));
+                }
+                Err(error) => last = error.into(),
+            }
+        }
+        Err(last)
+    }
+
+    /// Buffer to append frames to; [`Self::flush`] sends them.
+    pub fn output(&mut self) -> &mut Vec<u8> {
+        &mut self.output
+    }
+
+    /// Whether frames wait to be sent.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        self.sent < self.output.len()
+    }
+
+    /// Sends what the socket takes without blocking. Returns whether everything is sent.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn flush(&mut self) -> Result<bool, LinkError> {
+        while self.sent < self.output.len() {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match rustix::net::send(&self.stream, &self.output[self.sent..], flags) {
+                Ok(n) => {
+                    self.sent += n;
+                    self.bytes_sent += n as u64;
+                }
+                Err(rustix::io::Errno::AGAIN) => return Ok(false),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+        }
+        self.output.clear();
+        self.sent = 0;
+        Ok(true)
+    }
+
+    /// Sends everything, waiting for the socket.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn flush_blocking(&mut self) -> Result<(), LinkError> {
+        self.stream.write_all(&self.output[self.sent..])?;
+        self.bytes_sent += (self.output.len() - self.sent) as u64;
+        self.output.clear();
+        self.sent = 0;
+        Ok(())
+    }
+
+    /// Sends the buffered frames and then `parts`, waiting for the socket; the parts are not
+    /// copied.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn send_parts(&mut self, parts: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
+        self.flush_blocking()?;
+        let mut parts = parts;
+        while !parts.is_empty() {
+            match self.stream.write_vectored(parts) {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => {
+                    self.bytes_sent += n as u64;
+                    IoSlice::advance_slices(&mut parts, n);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Limits how long a blocking send or receive may wait.
+    ///
+    /// # Errors
+    /// Those of setting socket options.
+    pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)?;
+        self.stream.set_write_timeout(timeout)
+    }
+
+    fn compact(&mut self) {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.input.len() - self.end < self.input.len() / 4 {
+            self.input.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+    }
+
+    /// Takes in what has arrived, without blocking. Returns whether there was anything.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn receive(&mut self) -> Result<bool, LinkError> {
+        self.compact();
+        let room = &mut self.input[self.end..];
+        match rustix::net::recv(&self.stream, room, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => Err(LinkError::Closed),
+            Ok((n, _)) => {
+                self.end += n;
+                self.bytes_received += n as u64;
+                Ok(true)
+            }
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(false),
+            Err(error) => Err(io::Error::from(error).into()),
+        }
+    }
+
+    /// Takes in bytes, waiting for some.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn receive_blocking(&mut self) -> Result<(), LinkError> {
+        self.compact();
+        let n = loop {
+            match self.stream.read(&mut self.input[self.end..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other?,
+            }
+        };
+        if n == 0 {
+            return Err(LinkError::Closed);
+        }
+        self.end += n;
+        self.bytes_received += n as u64;
+        Ok(())
+    }
+
+    /// Whether a complete frame is among the bytes taken in.
+    ///
+    /// # Errors
+    /// A broken header.
+    pub fn has_frame(&self) -> Result<bool, LinkError> {
+        let available = &self.input[self.start..self.end];
+        let Some((head, rest)) = available.split_first_chunk::<HEADER_BYTES>() else {
+            return Ok(false);
+        };
+        Ok(rest.len() >= Header::decode(head)?.payload_bytes as usize)
+    }
+
+    /// The next complete frame among the bytes taken in, if there is one.
+    ///
+    /// # Errors
+    /// A broken frame.
+    pub fn next_frame(&mut self) -> Result<Option<(Header, Body<'_>)>, LinkError> {
+        let available = &self.input[self.start..self.end];
+        let Some((head, rest)) = available.split_first_chunk::<HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let header = Header::decode(head)?;
+        let bytes = header.payload_bytes as usize;
+        if rest.len() < bytes {
+            return Ok(None);
+        }
+        let payload_start = self.start + HEADER_BYTES;
+        self.start = payload_start + bytes;
+        let body = decode_body(&header, &self.input[payload_start..self.start])?;
+        Ok(Some((header, body)))
+    }
+
+    /// Sends what is buffered and waits for the answer. `pick` takes the value out of the
+    /// expected kind of body; an error frame becomes [`LinkError::Refused`].
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn request<T>(
+        &mut self,
+        timeout: Duration,
+        pick: impl Fn(&Header, &Body<'_>) -> Option<T>,
+    ) -> Result<T, LinkError> {
+        self.set_timeout(Some(timeout))?;
+        self.flush_blocking()?;
+        loop {
+            if let Some((header, body)) = self.next_frame()? {
+                if let Body::Error(text) = body {
+                    let text = text.to_owned();
+                    return Err(LinkError::Refused { status: header.status, text });
+                }
+                let picked = pick(&header, &body);
+                self.set_timeout(None)?;
+                return picked.ok_or(LinkError::Unexpected { found: header.kind });
+            }
+            self.receive_blocking()?;
+        }
+    }
+
+    /// Polls for input for at most `spin`, then blocks.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub fn receive_spinning(&mut self, spin: Duration) -> Result<(), LinkError> {
+        if !spin.is_zero() {
+            let deadline = Instant::now() + spin;
+            loop {
+                if self.receive()? {
+                    return Ok(());
+                }
+                if Instant::now() >= deadline {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+        }
+        self.receive_blocking()
+    }
+
+    /// Ends the connection; whoever waits on it wakes up.
+    pub fn shut_down(&self) {
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}

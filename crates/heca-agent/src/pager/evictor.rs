@@ -1,0 +1,463 @@
+//! The evictor thread: takes pages from the guest, stores what is dirty, frees what is stored.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender};
+use heca_core::pager::{Event, Protection, Unmapped};
+use heca_core::placement::Layout;
+use heca_sys::pagemap::{PageInfo, Pagemap};
+use heca_sys::ring::RemoteRing;
+use heca_sys::uffd::{ResolveError, Userfaultfd};
+use heca_sys::zap;
+use heca_types::limits::{EVICT_BATCH_PAGES, FRAME_PAGES_MAX, PAGE_BYTES, SILENCE_TIMEOUT_MS};
+use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
+use heca_wire::{
+    Body, EntryFlags, Header, Kind, PageEntry, encode_pages_parts, is_zero_page, page_checksum,
+};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::time::Timespec;
+
+use super::engine::Message;
+use super::lane::is_final;
+use super::preflight::Target;
+use super::remote::{Remote, chain};
+use super::waker::Waker;
+use crate::link::{Link, LinkError};
+
+const TICK: Duration = Duration::from_millis(100);
+
+/// How pages are taken from the guest without losing a write.
+#[derive(Debug)]
+pub(crate) enum Unmapper {
+    /// `process_madvise(MADV_PAGEOUT)`, while there is no swap.
+    PageOut(OwnedFd),
+    /// `MADV_DONTNEED` by an io_uring inside the owner.
+    Ring(Box<RemoteRing>),
+    /// Synchronous write protection; the page stays mapped.
+    WriteProtect,
+}
+
+impl Unmapper {
+    pub(super) fn protection(&self) -> Protection {
+        match self {
+            Self::PageOut(_) | Self::Ring(_) => Protection::Zap,
+            Self::WriteProtect => Protection::WriteProtect,
+        }
+    }
+}
+
+/// A victim.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct UnmapJob {
+    pub(super) page: PageIndex,
+    pub(super) version: PageVersion,
+    pub(super) dirty: bool,
+    pub(super) replicas: u8,
+}
+
+#[derive(Debug)]
+pub(super) enum Job {
+    Unmap(Vec<UnmapJob>),
+    Punch(Vec<PageIndex>),
+    LinkUp { sponsor: u8, link: Box<Link> },
+    LinkDown { sponsor: u8 },
+    Stop,
+}
+
+pub(super) struct Context {
+    pub(super) uffd: Arc<Userfaultfd>,
+    pub(super) ram: Arc<File>,
+    pub(super) target: Target,
+    pub(super) layout: Layout,
+    pub(super) region: RegionId,
+    pub(super) epoch: Epoch,
+    pub(super) remote: Remote,
+}
+
+struct WriteLane {
+    link: Link,
+    /// Frames without an acknowledgement, oldest first.
+    in_flight: VecDeque<(u64, Vec<(PageIndex, PageVersion)>)>,
+    next_request: u64,
+    /// When the peer last did something while frames were in flight.
+    progress: Instant,
+}
+
+pub(super) struct Evictor {
+    context: Context,
+    unmapper: Unmapper,
+    pagemap: Pagemap,
+    lanes: Vec<Option<WriteLane>>,
+    jobs: Receiver<Job>,
+    waker: Arc<Waker>,
+    engine: Sender<Message>,
+    engine_waker: Arc<Waker>,
+    buffer: Vec<u8>,
+    infos: Vec<PageInfo>,
+}
+
+/// A dirty page of a batch: its entry, its place in the buffer, and whom it goes to.
+struct Outgoing {
+    entry: PageEntry,
+    slot: usize,
+    replicas: u8,
+}
+
+/// Neighbouring pages as (address or offset, length) in bytes; `pages` is sorted.
+fn runs(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+    let mut runs: Vec<(u64, u64)> = Vec::with_capacity(EVICT_BATCH_PAGES);
+    for offset in pages {
+        match runs.last_mut() {
+            Some((start, len)) if *start + *len == offset => *len += PAGE_BYTES as u64,
+            _ => runs.push((offset, PAGE_BYTES as u64)),
+        }
+    }
+    runs
+}
+
+impl WriteLane {
+    fn new(link: Link) -> io::Result<Self> {
+        link.set_timeout(Some(Duration::from_millis(SILENCE_TIMEOUT_MS)))?;
+        Ok(Self { link, in_flight: VecDeque::new(), next_request: 1, progress: Instant::now() })
+    }
+}
+
+impl Evictor {
+    pub(super) fn new(
+        context: Context,
+        unmapper: Unmapper,
+        lanes: Vec<Link>,
+        (jobs, waker): (Receiver<Job>, Arc<Waker>),
+        (engine, engine_waker): (Sender<Message>, Arc<Waker>),
+    ) -> io::Result<Self> {
+        let lanes: io::Result<Vec<_>> =
+            lanes.into_iter().map(|link| WriteLane::new(link).map(Some)).collect();
+        Ok(Self {
+            pagemap: Pagemap::open(context.target.pid)?,
+            context,
+            unmapper,
+            lanes: lanes?,
+            jobs,
+            waker,
+            engine,
+            engine_waker,
+            buffer: vec![0; EVICT_BATCH_PAGES * PAGE_BYTES],
+            infos: Vec::with_capacity(EVICT_BATCH_PAGES),
+        })
+    }
+
+    pub(super) fn run(mut self) {
+        loop {
+            let mut busy = false;
+            while let Ok(job) = self.jobs.try_recv() {
+                busy = true;
+                match job {
+                    Job::Unmap(batch) => {
+                        for batch in batch.chunks(EVICT_BATCH_PAGES) {
+                            self.unmap(batch.to_vec());
+                        }
+                    }
+                    Job::Punch(pages) => self.punch(pages),
+                    Job::LinkUp { sponsor, link } => match WriteLane::new(*link) {
+                        Ok(lane) => self.lanes[usize::from(sponsor)] = Some(lane),
+                        Err(error) => self.lose(sponsor, &error.into()),
+                    },
+                    Job::LinkDown { sponsor } => self.drop_lane(sponsor),
+                    Job::Stop => return,
+                }
+                self.take_acks();
+            }
+            busy |= self.take_acks();
+            if !busy {
+                self.sleep();
+            }
+        }
+    }
+
+    fn report(&self, events: Vec<Event>) {
+        if !events.is_empty() && self.engine.send(Message::Events(events)).is_ok() {
+            self.engine_waker.wake();
+        }
+    }
+
+    fn address(&self, page: PageIndex) -> u64 {
+        self.context.target.address(page)
+    }
+
+    fn take_from_guest(&mut self, batch: &[UnmapJob]) -> io::Result<()> {
+        let ranges = runs(batch.iter().map(|job| self.address(job.page)));
+        match &mut self.unmapper {
+            Unmapper::PageOut(pidfd) => zap::page_out(pidfd.as_fd(), &ranges),
+            Unmapper::Ring(ring) => ring.unmap(&ranges),
+            Unmapper::WriteProtect => {
+                for (start, len) in ranges {
+                    let protected = self.context.uffd.write_protect(start, len, true);
+                    protected.map_err(|error| match error {
+                        ResolveError::Os(error) => error,
+                        error => io::Error::other(error),
+                    })?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes a batch from the guest, sees what is dirty, and sends that.
+    fn unmap(&mut self, mut batch: Vec<UnmapJob>) {
+        batch.sort_unstable_by_key(|job| job.page);
+        let taken = self.take_from_guest(&batch).and_then(|()| self.look(&batch));
+        if let Err(error) = taken {
+            tracing::debug!(%error, "eviction step failed");
+            let failed = |job: &UnmapJob| Event::Unmapped {
+                page: job.page,
+                version: job.version,
+                outcome: Unmapped::Failed,
+            };
+            self.report(batch.iter().map(failed).collect());
+            // The process is ending, as a rule: do not spin on it.
+            std::thread::sleep(Duration::from_millis(1));
+            return;
+        }
+        let mut events = Vec::with_capacity(batch.len());
+        let mut outgoing = Vec::with_capacity(batch.len());
+        for (slot, job) in batch.iter().enumerate() {
+            let outcome = self.judge(slot, job, &mut outgoing);
+            events.push(Event::Unmapped { page: job.page, version: job.version, outcome });
+        }
+        // The machine must know that these pages are under way before it hears of them.
+        self.report(events);
+        self.send(&outgoing);
+    }
+
+    /// Reads the page map of the batch into `infos`.
+    fn look(&mut self, batch: &[UnmapJob]) -> io::Result<()> {
+        self.infos.clear();
+        if self.unmapper.protection() == Protection::WriteProtect {
+            return Ok(());
+        }
+        for (start, len) in runs(batch.iter().map(|job| self.address(job.page))) {
+            self.pagemap.read(start, len as usize / PAGE_BYTES, &mut self.infos)?;
+        }
+        Ok(())
+    }
+
+    fn judge(&mut self, slot: usize, job: &UnmapJob, outgoing: &mut Vec<Outgoing>) -> Unmapped {
+        let clean = match self.infos.get(slot) {
+            Some(info) if info.is_mapped() => return Unmapped::Mapped,
+            Some(info) => info.is_write_protected() && !job.dirty,
+            None => !job.dirty,
+        };
+        if clean {
+            return Unmapped::Clean;
+        }
+        let bytes = &mut self.buffer[slot * PAGE_BYTES..(slot + 1) * PAGE_BYTES];
+        if let Err(error) = self.context.ram.read_exact_at(bytes, job.page.offset()) {
+            tracing::error!(%error, page = job.page.0, "cannot read guest memory");
+            return Unmapped::Failed;
+        }
+        let entry = PageEntry::new(job.page, job.version);
+        if is_zero_page(bytes) {
+            if job.version == PageVersion(1) {
+                return Unmapped::Zero(0);
+            }
+            let entry = entry.with_flags(EntryFlags::ZERO);
+            outgoing.push(Outgoing { entry, slot, replicas: job.replicas });
+            return Unmapped::Zero(job.replicas);
+        }
+        let entry = entry.with_checksum(page_checksum(job.page, job.version, bytes));
+        outgoing.push(Outgoing { entry, slot, replicas: job.replicas });
+        Unmapped::Sent(job.replicas)
+    }
+
+    /// Sends each page to its replicas: one frame for each sponsor.
+    fn send(&mut self, outgoing: &[Outgoing]) {
+        for sponsor in 0..self.lanes.len() as u8 {
+            let mut entries = Vec::with_capacity(FRAME_PAGES_MAX);
+            let mut slots = Vec::with_capacity(FRAME_PAGES_MAX);
+            for page in outgoing {
+                let set = self.context.layout.replicas(page.entry.page().extent());
+                let Some(replica) = set.position(sponsor) else { continue };
+                if page.replicas >> replica & 1 == 1 {
+                    entries.push(page.entry);
+                    if page.entry.flags().has_data() {
+                        slots.push(page.slot as u64 * PAGE_BYTES as u64);
+                    }
+                }
+            }
+            if entries.is_empty() {
+                continue;
+            }
+            let pages: Vec<_> = entries.iter().map(|e| (e.page(), e.version())).collect();
+            let Some(lane) = &mut self.lanes[usize::from(sponsor)] else {
+                self.report(store_failures(sponsor, &pages));
+                continue;
+            };
+            let request = lane.next_request;
+            lane.next_request += 1;
+            if lane.in_flight.is_empty() {
+                lane.progress = Instant::now();
+            }
+            lane.in_flight.push_back((request, pages));
+            let (region, epoch) = (self.context.region, self.context.epoch);
+            let header = Header::new(Kind::Write, region, epoch, request);
+            let data_bytes = slots.len() * PAGE_BYTES;
+            encode_pages_parts(header, &entries, data_bytes, lane.link.output());
+            let mut parts: Vec<IoSlice<'_>> = runs(slots.into_iter())
+                .into_iter()
+                .map(|(start, len)| {
+                    IoSlice::new(&self.buffer[start as usize..(start + len) as usize])
+                })
+                .collect();
+            if let Err(error) = lane.link.send_parts(&mut parts) {
+                self.lose(sponsor, &error);
+            }
+        }
+    }
+
+    fn punch(&mut self, mut pages: Vec<PageIndex>) {
+        pages.sort_unstable();
+        let mut events = Vec::with_capacity(pages.len());
+        for (start, len) in runs(pages.iter().map(|page| page.offset())) {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let ok = match fallocate(&*self.context.ram, flags, start, len) {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::warn!(%error, "pages not freed");
+                    false
+                }
+            };
+            let first = start / PAGE_BYTES as u64;
+            for page in first..first + len / PAGE_BYTES as u64 {
+                events.push(Event::Punched { page: PageIndex(page), ok });
+            }
+        }
+        self.report(events);
+    }
+
+    /// Takes in acknowledgements. Returns whether there were any.
+    fn take_acks(&mut self) -> bool {
+        let mut busy = false;
+        for sponsor in 0..self.lanes.len() as u8 {
+            let Some(lane) = &mut self.lanes[usize::from(sponsor)] else { continue };
+            let mut events = Vec::new();
+            let outcome = lane.take_acks(sponsor, &mut events);
+            let stored = events.iter().filter(|e| matches!(e, Event::Stored { .. })).count();
+            let traffic = self.context.remote.traffic(sponsor);
+            traffic.pages_stored.fetch_add(stored as u64, Ordering::Relaxed);
+            traffic
+                .bytes_sent
+                .fetch_add(std::mem::take(&mut lane.link.bytes_sent), Ordering::Relaxed);
+            traffic
+                .bytes_received
+                .fetch_add(std::mem::take(&mut lane.link.bytes_received), Ordering::Relaxed);
+            busy |= !events.is_empty();
+            self.report(events);
+            if let Err(error) = outcome {
+                self.lose(sponsor, &error);
+            }
+        }
+        busy
+    }
+
+    /// A sponsor failed: the engine hears that first, then what was lost.
+    fn lose(&mut self, sponsor: u8, error: &LinkError) {
+        let reason = chain(error);
+        if self.engine.send(Message::LinkLost { sponsor, reason }).is_ok() {
+            self.engine_waker.wake();
+        }
+        self.drop_lane(sponsor);
+    }
+
+    fn drop_lane(&mut self, sponsor: u8) {
+        let Some(lane) = self.lanes[usize::from(sponsor)].take() else { return };
+        lane.link.shut_down();
+        for (_, pages) in &lane.in_flight {
+            self.report(store_failures(sponsor, pages));
+        }
+    }
+
+    fn sleep(&mut self) {
+        self.waker.prepare_sleep();
+        if self.jobs.is_empty() {
+            let mut fds = Vec::with_capacity(1 + self.lanes.len());
+            fds.push(PollFd::from_borrowed_fd(self.waker.as_fd(), PollFlags::IN));
+            for lane in self.lanes.iter().flatten() {
+                fds.push(PollFd::from_borrowed_fd(lane.link.as_fd(), PollFlags::IN));
+            }
+            let timeout = Timespec { tv_sec: 0, tv_nsec: TICK.as_nanos() as i64 };
+            let _ = poll(&mut fds, Some(&timeout));
+        }
+        self.waker.woke();
+    }
+}
+
+fn store_failures(sponsor: u8, pages: &[(PageIndex, PageVersion)]) -> Vec<Event> {
+    pages.iter().map(|&(page, version)| Event::StoreFailed { page, version, sponsor }).collect()
+}
+
+impl WriteLane {
+    fn take_acks(&mut self, sponsor: u8, events: &mut Vec<Event>) -> Result<(), LinkError> {
+        if !self.link.receive()? {
+            let limit = Duration::from_millis(SILENCE_TIMEOUT_MS);
+            if !self.in_flight.is_empty() && self.progress.elapsed() > limit {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+            return Ok(());
+        }
+        self.progress = Instant::now();
+        while let Some((header, body)) = self.link.next_frame()? {
+            let list = match body {
+                Body::Pages(list) if header.kind == Kind::WriteAck => list,
+                Body::Error(text) => {
+                    let text = text.to_owned();
+                    return Err(LinkError::Refused { status: header.status, text });
+                }
+                _ => return Err(LinkError::Unexpected { found: header.kind }),
+            };
+            let sent = self.in_flight.pop_front().filter(|(request, pages)| {
+                *request == header.request && pages.len() == list.entries().len()
+            });
+            let Some((_, pages)) = sent else {
+                return Err(LinkError::Unexpected { found: header.kind });
+            };
+            let mut refused = None;
+            for (&(page, version), entry) in pages.iter().zip(list.entries()) {
+                let same = entry.page() == page && entry.version() == version;
+                if same && entry.status() == Status::Ok {
+                    events.push(Event::Stored { page, version, sponsor });
+                    continue;
+                }
+                events.push(Event::StoreFailed { page, version, sponsor });
+                if is_final(entry.status()) {
+                    refused = Some(entry.status());
+                }
+            }
+            if let Some(status) = refused {
+                // It would refuse again and again: go on without it.
+                let text = "it does not store pages".to_owned();
+                return Err(LinkError::Refused { status, text });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_become_one_run() {
+        let pages = [0u64, 4096, 8192, 20480, 28672, 32768];
+        assert_eq!(runs(pages.into_iter()), [(0, 12288), (20480, 4096), (28672, 8192)]);
+        assert!(runs(std::iter::empty()).is_empty());
+    }
+}

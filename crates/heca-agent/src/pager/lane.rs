@@ -1,0 +1,158 @@
+//! One connection to one sponsor with the requests that are in flight on it.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use heca_core::pager::FetchError;
+use heca_types::limits::{DEMAND_PAGES_IN_FLIGHT_MAX, FRAME_PAGES_MAX, PAGE_BYTES};
+use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
+use heca_wire::{Body, EntryFlags, Header, Kind, PageEntry, encode_pages, page_checksum};
+
+use crate::link::{Link, LinkError};
+
+/// Pages in one prefetch request: a demand read that turns out to wait for it does not wait long.
+const PREFETCH_FRAME_PAGES: usize = 16;
+
+/// A page that was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    pub(super) page: PageIndex,
+    pub(super) version: PageVersion,
+    request: u64,
+    pub(super) sent: Instant,
+}
+
+/// Reads for faults, or reads ahead of them.
+#[derive(Debug)]
+pub(super) struct ReadLane {
+    pub(super) link: Link,
+    region: RegionId,
+    epoch: Epoch,
+    frame_pages: usize,
+    pending: VecDeque<(PageIndex, PageVersion)>,
+    in_flight: VecDeque<Asked>,
+    next_request: u64,
+    entries: Vec<PageEntry>,
+}
+
+/// Outcome of one page of a reply: its content, `None` for zeros.
+pub(super) type Answer<'a> = Result<Option<&'a [u8]>, FetchError>;
+
+impl ReadLane {
+    pub(super) fn new(link: Link, region: RegionId, epoch: Epoch, prefetch: bool) -> Self {
+        Self {
+            link,
+            region,
+            epoch,
+            frame_pages: if prefetch { PREFETCH_FRAME_PAGES } else { FRAME_PAGES_MAX },
+            pending: VecDeque::new(),
+            in_flight: VecDeque::new(),
+            next_request: 1,
+            entries: Vec::with_capacity(FRAME_PAGES_MAX),
+        }
+    }
+
+    pub(super) fn ask(&mut self, page: PageIndex, version: PageVersion) {
+        self.pending.push_back((page, version));
+    }
+
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.in_flight.is_empty()
+    }
+
+    /// When the oldest request in flight was sent.
+    pub(super) fn oldest(&self) -> Option<Instant> {
+        self.in_flight.front().map(|asked| asked.sent)
+    }
+
+    /// Sends what was asked for, as far as the pipeline's bound allows.
+    pub(super) fn flush(&mut self) -> Result<(), LinkError> {
+        while !self.pending.is_empty() && self.in_flight.len() < DEMAND_PAGES_IN_FLIGHT_MAX {
+            let sent = Instant::now();
+            let request = self.next_request;
+            self.next_request += 1;
+            self.entries.clear();
+            while self.entries.len() < self.frame_pages {
+                let Some((page, version)) = self.pending.pop_front() else { break };
+                self.entries.push(PageEntry::new(page, version));
+                self.in_flight.push_back(Asked { page, version, request, sent });
+            }
+            let header = Header::new(Kind::Read, self.region, self.epoch, request);
+            encode_pages(header, &self.entries, &[], self.link.output());
+        }
+        if self.link.has_output() { self.link.flush().map(|_| ()) } else { Ok(()) }
+    }
+
+    /// Takes in replies and hands each page to `take`, in the order of the requests. Returns
+    /// whether anything arrived.
+    pub(super) fn receive(
+        &mut self,
+        mut take: impl FnMut(Asked, Answer<'_>),
+    ) -> Result<bool, LinkError> {
+        if !self.link.receive()? {
+            return Ok(false);
+        }
+        while let Some((header, body)) = self.link.next_frame()? {
+            match body {
+                Body::Pages(list) if header.kind == Kind::ReadReply => {
+                    for (entry, data) in list.iter() {
+                        let asked = self.in_flight.pop_front();
+                        let Some(asked) = asked.filter(|asked| {
+                            asked.request == header.request && asked.page == entry.page()
+                        }) else {
+                            return Err(LinkError::Unexpected { found: header.kind });
+                        };
+                        take(asked, judge(&asked, entry, data));
+                    }
+                }
+                Body::Error(text) => {
+                    tracing::warn!(status = %header.status, "sponsor refused to read: {text}");
+                    let mut refused = false;
+                    while let Some(asked) = self
+                        .in_flight
+                        .front()
+                        .copied()
+                        .filter(|asked| asked.request == header.request)
+                    {
+                        self.in_flight.pop_front();
+                        refused = true;
+                        take(asked, Err(FetchError::Refused));
+                    }
+                    if !refused || is_final(header.status) {
+                        let text = text.to_owned();
+                        return Err(LinkError::Refused { status: header.status, text });
+                    }
+                }
+                _ => return Err(LinkError::Unexpected { found: header.kind }),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Everything that will not be answered any more.
+    pub(super) fn abandon(self) -> impl Iterator<Item = PageIndex> {
+        self.link.shut_down();
+        let asked = self.in_flight.into_iter().map(|asked| asked.page);
+        asked.chain(self.pending.into_iter().map(|(page, _)| page))
+    }
+}
+
+/// Whether a refusal will be repeated however often one asks.
+pub(super) fn is_final(status: Status) -> bool {
+    !matches!(status, Status::Ok | Status::ChecksumMismatch | Status::Superseded)
+}
+
+fn judge<'a>(asked: &Asked, entry: &PageEntry, data: Option<&'a [u8]>) -> Answer<'a> {
+    if entry.status() != Status::Ok {
+        return Err(FetchError::Refused);
+    }
+    if entry.flags().contains(EntryFlags::ABSENT) || entry.version() != asked.version {
+        return Err(FetchError::Absent);
+    }
+    let Some(bytes) = data else { return Ok(None) };
+    debug_assert_eq!(bytes.len(), PAGE_BYTES);
+    if page_checksum(asked.page, asked.version, bytes) != entry.checksum() {
+        return Err(FetchError::Corrupt);
+    }
+    Ok(Some(bytes))
+}

@@ -1,0 +1,122 @@
+//! The pager as a process of its own: reports to its agent, answers on a unix socket.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use heca_api::{ApiError, PagerState, PagerStats, Resize};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{PagerConfig, PagerHandle, start};
+use crate::rest::Failure;
+
+/// Score that keeps the kernel from choosing the pager when memory is short: its end would stop
+/// the guest.
+const OOM_SCORE: &str = "-900";
+
+type Shared = Arc<PagerHandle>;
+
+/// Serves the page faults of one process until it ends. Tells on standard output, in one line of
+/// JSON, whether it could begin. When the process ended the last figures are written to `last`.
+///
+/// # Errors
+/// Whatever kept the pager from beginning (reported on standard output, too).
+pub fn serve(config: &PagerConfig, socket: &Path, last: &Path) -> Result<(), ApiError> {
+    if let Err(error) = heca_sys::process::lock_memory() {
+        tracing::warn!(%error, "memory is not locked: faults may wait for swap");
+    }
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    let outcome = start(config);
+    let state = match &outcome {
+        Ok(_) => PagerState::Ready,
+        Err(error) => PagerState::Failed { error: error.clone() },
+    };
+    let mut line = serde_json::to_vec(&state).expect("plain data can be written as JSON");
+    line.push(b'\n');
+    let mut out = std::io::stdout().lock();
+    let told = out.write_all(&line).and_then(|()| out.flush());
+    drop(out);
+    let handle = Arc::new(outcome?);
+    if let Err(error) = told {
+        tracing::warn!(%error, "the agent does not listen");
+    }
+    let served = run_server(&handle, socket);
+    if let Err(error) = served {
+        // Without its socket the pager still serves the guest.
+        tracing::error!(%error, "no control socket");
+    }
+    let _ = handle.ended().recv();
+    let _ = std::fs::remove_file(socket);
+    let Ok(handle) = Arc::try_unwrap(handle) else { return Ok(()) };
+    if let Some(stats) = handle.finish() {
+        let bytes = serde_json::to_vec(&stats).expect("plain data can be written as JSON");
+        // The directory is gone if the agent cleaned up already.
+        let _ = std::fs::write(last, bytes);
+    }
+    Ok(())
+}
+
+fn run_server(handle: &Shared, socket: &Path) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let _ = std::fs::remove_file(socket);
+        let listener = tokio::net::UnixListener::bind(socket)?;
+        let app = Router::new()
+            .route("/v1/stats", get(stats))
+            .route("/v1/resize", post(resize))
+            .route("/metrics", get(metrics))
+            .with_state(handle.clone());
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                tracing::warn!(
+                    "signal ignored: the guest would stand still without this pager; \
+                     end it with `heca vm stop`"
+                );
+            }
+        });
+        let ended = handle.ended().clone();
+        let end = async move {
+            // The channel never carries a value: it disconnects when the engine ends.
+            let _ = tokio::task::spawn_blocking(move || ended.recv()).await;
+        };
+        tokio::select! {
+            served = axum::serve(listener, app) => served,
+            () = end => Ok(()),
+        }
+    })
+}
+
+async fn current(handle: Shared) -> Result<PagerStats, Failure> {
+    let stats = tokio::task::spawn_blocking(move || handle.stats()).await;
+    stats
+        .ok()
+        .flatten()
+        .ok_or_else(|| ApiError::new("pager-ended", "the pager is ending").into())
+}
+
+async fn stats(State(handle): State<Shared>) -> Result<Json<PagerStats>, Failure> {
+    Ok(Json(current(handle).await?))
+}
+
+async fn metrics(State(handle): State<Shared>) -> Result<String, Failure> {
+    let mut text = crate::metrics::Text::default();
+    text.pager(&current(handle).await?);
+    Ok(text.finish())
+}
+
+async fn resize(
+    State(handle): State<Shared>,
+    Json(resize): Json<Resize>,
+) -> Result<Json<()>, Failure> {
+    handle.resize(resize.local)?;
+    Ok(Json(()))
+}

@@ -1,0 +1,413 @@
+//! Serves the page protocol: one thread for each connection.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use heca_core::sponsor::{OpenRequest, Refusal};
+use heca_types::limits::{CONNECTIONS_MAX, CONNECT_TIMEOUT_MS};
+use heca_types::{OwnerId, Status};
+use heca_wire::{
+    Body, DecodeError, EntryFlags, Header, HelloAck, Kind, OpenAck, PageEntry, PageList, Role,
+    VERSION_MAX, VERSION_MIN, encode_pages, page_checksum,
+};
+
+use crate::latency::LatencyHint;
+use crate::link::{Link, LinkError};
+use crate::store::{Store, StoredRegion};
+
+/// A connection that was used this recently is polled before it is slept on.
+const HOT: Duration = Duration::from_micros(500);
+
+/// Counts of a sponsor since its start.
+#[derive(Debug, Default)]
+#[allow(missing_docs, reason = "each name says what is counted")]
+pub struct SponsorCounters {
+    pub connections: AtomicUsize,
+    pub pages_read: AtomicU64,
+    pub pages_written: AtomicU64,
+    pub pages_refused: AtomicU64,
+    pub frames_refused: AtomicU64,
+    pub bytes_received: AtomicU64,
+    pub bytes_sent: AtomicU64,
+}
+
+/// A running sponsor.
+#[derive(Debug)]
+pub struct SponsorServer {
+    store: Arc<Store>,
+    address: SocketAddr,
+    counters: Arc<SponsorCounters>,
+    stop: Arc<AtomicBool>,
+}
+
+impl SponsorServer {
+    /// Listens on `address` and serves `store`. A connection that was used within the last half
+    /// millisecond is polled for `spin` before its thread sleeps.
+    ///
+    /// # Errors
+    /// Those of listening and of starting threads.
+    pub fn start(store: Store, address: &str, spin: Duration) -> io::Result<Self> {
+        let listener = TcpListener::bind(address)?;
+        let server = Self {
+            store: Arc::new(store),
+            address: listener.local_addr()?,
+            counters: Arc::default(),
+            stop: Arc::default(),
+        };
+        let hint = LatencyHint::start()?;
+        let (store, counters, stop) =
+            (server.store.clone(), server.counters.clone(), server.stop.clone());
+        std::thread::Builder::new()
+            .name("sponsor-accept".into())
+            .spawn(move || accept(&listener, &store, &counters, &stop, &hint, spin))?;
+        let (store, stop) = (server.store.clone(), server.stop.clone());
+        std::thread::Builder::new().name("sponsor-leases".into()).spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(250));
+                for region in store.expire() {
+                    tracing::warn!(%region, "lease ran out; freed what the region held");
+                }
+            }
+        })?;
+        Ok(server)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its store.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Its counts.
+    #[must_use]
+    pub fn counters(&self) -> &SponsorCounters {
+        &self.counters
+    }
+}
+
+impl Drop for SponsorServer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Wake the accepting thread.
+        let _ = TcpStream::connect_timeout(&self.address, Duration::from_millis(200));
+    }
+}
+
+fn accept(
+    listener: &TcpListener,
+    store: &Arc<Store>,
+    counters: &Arc<SponsorCounters>,
+    stop: &Arc<AtomicBool>,
+    hint: &LatencyHint,
+    spin: Duration,
+) {
+    for stream in listener.incoming() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Out of descriptors, as a rule: do not spin on it.
+                tracing::warn!(%error, "accept failed");
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+        };
+        if counters.connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+            tracing::warn!("{CONNECTIONS_MAX} connections: refused one more");
+            continue;
+        }
+        counters.connections.fetch_add(1, Ordering::Relaxed);
+        let (store, counters2, hint) = (store.clone(), counters.clone(), hint.clone());
+        let started = std::thread::Builder::new().name("sponsor-conn".into()).spawn(move || {
+            let peer = stream.peer_addr();
+            if let Err(error) = serve(stream, &store, &counters2, &hint, spin) {
+                match error {
+                    LinkError::Closed | LinkError::Io(_) => {
+                        tracing::debug!(?peer, "connection ended: {error}");
+                    }
+                    error => tracing::warn!(?peer, "connection dropped: {error}"),
+                }
+            }
+            counters2.connections.fetch_sub(1, Ordering::Relaxed);
+        });
+        if let Err(error) = started {
+            tracing::warn!(%error, "no thread for a connection");
+            counters.connections.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Answers a broken frame in words before the connection ends.
+fn refuse_and_close(link: &mut Link, error: &DecodeError) {
+    let status = match error {
+        DecodeError::Version { .. } => Status::VersionUnsupported,
+        DecodeError::PayloadTooLarge { .. } | DecodeError::TooManyEntries { .. } => {
+            Status::TooLarge
+        }
+        _ => Status::Malformed,
+    };
+    let nil = heca_types::RegionId::from_bytes([0; 16]);
+    Header::new(Kind::Error, nil, heca_types::Epoch(0), 0).encode_error(
+        status,
+        &error.to_string(),
+        link.output(),
+    );
+    let _ = link.flush_blocking();
+}
+
+fn next_request<'a>(
+    link: &'a mut Link,
+    spin: Duration,
+    last: &mut Instant,
+) -> Result<(Header, Body<'a>), LinkError> {
+    // The borrow checker cannot see that the loop returns the frame it found; look, then take.
+    while !link.has_frame()? {
+        let hot = last.elapsed() < HOT;
+        link.receive_spinning(if hot { spin } else { Duration::ZERO })?;
+        *last = Instant::now();
+    }
+    link.next_frame()?.ok_or(LinkError::Closed)
+}
+
+struct Connection<'a> {
+    store: &'a Store,
+    counters: &'a SponsorCounters,
+    owner: OwnerId,
+    role: Role,
+    data: Vec<u8>,
+    entries: Vec<PageEntry>,
+    reply: Vec<u8>,
+}
+
+fn serve(
+    stream: TcpStream,
+    store: &Store,
+    counters: &SponsorCounters,
+    hint: &LatencyHint,
+    spin: Duration,
+) -> Result<(), LinkError> {
+    let mut link = Link::new(stream)?;
+    link.set_timeout(Some(Duration::from_millis(CONNECT_TIMEOUT_MS)))?;
+    let mut last = Instant::now();
+    let (owner, role) = match greet(&mut link, store, &mut last) {
+        Err(LinkError::Decode(error)) => {
+            refuse_and_close(&mut link, &error);
+            return Err(error.into());
+        }
+        other => other?,
+    };
+    link.set_timeout(None)?;
+    let mut connection = Connection {
+        store,
+        counters,
+        owner,
+        role,
+        data: Vec::with_capacity(heca_types::limits::FRAME_PAYLOAD_MAX),
+        entries: Vec::with_capacity(heca_types::limits::FRAME_PAGES_MAX),
+        reply: Vec::with_capacity(heca_types::limits::FRAME_PAYLOAD_MAX),
+    };
+    let (mut received, mut sent) = (0, 0);
+    loop {
+        let outcome = match next_request(&mut link, spin, &mut last) {
+            Ok((header, body)) => connection.answer(&header, &body),
+            Err(error) => Err(error),
+        };
+        if let Err(LinkError::Decode(error)) = &outcome {
+            counters.frames_refused.fetch_add(1, Ordering::Relaxed);
+            refuse_and_close(&mut link, error);
+        }
+        outcome?;
+        std::mem::swap(link.output(), &mut connection.reply);
+        connection.reply.clear();
+        link.flush_blocking()?;
+        hint.note(1);
+        counters.bytes_received.fetch_add(link.bytes_received - received, Ordering::Relaxed);
+        counters.bytes_sent.fetch_add(link.bytes_sent - sent, Ordering::Relaxed);
+        (received, sent) = (link.bytes_received, link.bytes_sent);
+    }
+}
+
+/// The first frame must be a `Hello` with a version that both speak.
+fn greet(
+    link: &mut Link,
+    store: &Store,
+    last: &mut Instant,
+) -> Result<(OwnerId, Role), LinkError> {
+    let (header, body) = next_request(link, Duration::ZERO, last)?;
+    let Body::Hello(hello) = body else {
+        let what = "the first frame of a connection must be a hello";
+        return Err(DecodeError::Field { kind: header.kind, what }.into());
+    };
+    if hello.version_min > VERSION_MAX || hello.version_max < VERSION_MIN {
+        return Err(DecodeError::Version { version: hello.version_min }.into());
+    }
+    let usage = store.usage();
+    let ack = HelloAck {
+        version: hello.version_max.min(VERSION_MAX),
+        store: store.id(),
+        free_bytes: usage.offer.saturating_sub(usage.reserved),
+    };
+    ack.encode(&header, link.output());
+    link.flush_blocking()?;
+    Ok((hello.owner, hello.role))
+}
+
+impl Connection<'_> {
+    /// Carries out one request and puts the answer into `reply`.
+    fn answer(&mut self, header: &Header, body: &Body<'_>) -> Result<(), LinkError> {
+        let outcome = match (header.kind, body) {
+            (Kind::Open, Body::Open(request)) if self.role == Role::Control => {
+                self.open(header, request)
+            }
+            (Kind::Renew, _) => self.store.renew(header.region, header.epoch).map(|_| {
+                header.reply(Kind::RenewAck, Status::Ok).encode_empty(&mut self.reply);
+            }),
+            (Kind::Close, _) if self.role == Role::Control => {
+                self.store.close_region(header.region, header.epoch).map(|()| {
+                    header.reply(Kind::CloseAck, Status::Ok).encode_empty(&mut self.reply);
+                })
+            }
+            (Kind::Read, Body::Pages(list)) => self.pages(header, list, Kind::ReadReply),
+            (Kind::Write, Body::Pages(list)) => self.pages(header, list, Kind::WriteAck),
+            (Kind::Discard, Body::Pages(list)) => self.pages(header, list, Kind::DiscardAck),
+            (Kind::Stat, Body::Pages(list)) => self.pages(header, list, Kind::StatReply),
+            _ => {
+                let what = "a frame of this kind is not allowed here";
+                return Err(DecodeError::Field { kind: header.kind, what }.into());
+            }
+        };
+        if let Err(refusal) = outcome {
+            self.counters.frames_refused.fetch_add(1, Ordering::Relaxed);
+            self.reply.clear();
+            header.encode_error(refusal.status, &refusal.text, &mut self.reply);
+        }
+        Ok(())
+    }
+
+    fn open(
+        &mut self,
+        header: &Header,
+        request: &heca_wire::OpenRequest<'_>,
+    ) -> Result<(), Refusal> {
+        let request = OpenRequest {
+            region: header.region,
+            epoch: header.epoch,
+            owner: request.open.owner,
+            quota_bytes: request.open.quota_bytes,
+            lease_ms: request.open.lease_ms,
+            extents: request.extents().collect(),
+        };
+        if request.owner != self.owner {
+            let text = "the connection's hello named another owner".to_owned();
+            return Err(Refusal { status: Status::OwnerMismatch, text });
+        }
+        let (lease_ms, stored_pages) = self.store.open_region(&request)?;
+        OpenAck { lease_ms, stored_pages }.encode(header, &mut self.reply);
+        Ok(())
+    }
+
+    fn pages(
+        &mut self,
+        header: &Header,
+        list: &PageList<'_>,
+        reply: Kind,
+    ) -> Result<(), Refusal> {
+        self.entries.clear();
+        self.data.clear();
+        let (store, entries, data) = (self.store, &mut self.entries, &mut self.data);
+        store.with_region(header.region, header.epoch, |region| {
+            for (entry, bytes) in list.iter() {
+                let answer = match header.kind {
+                    Kind::Read => read(region, entry, data),
+                    Kind::Write => write(store, region, header, entry, bytes),
+                    Kind::Discard => store.discard(region, entry.page()).map(|()| *entry),
+                    _ => stat(region, entry),
+                };
+                entries.push(answer.unwrap_or_else(|refusal| {
+                    tracing::debug!(page = entry.page().0, "refused: {refusal}");
+                    entry.with_flags(EntryFlags::ABSENT).with_status(refusal.status)
+                }));
+            }
+            Ok(())
+        })?;
+        let refused = self.entries.iter().filter(|e| e.status() != Status::Ok).count() as u64;
+        let count = self.entries.len() as u64;
+        match header.kind {
+            Kind::Read => &self.counters.pages_read,
+            _ => &self.counters.pages_written,
+        }
+        .fetch_add(count - refused, Ordering::Relaxed);
+        self.counters.pages_refused.fetch_add(refused, Ordering::Relaxed);
+        let header = header.reply(reply, Status::Ok);
+        encode_pages(header, &self.entries, &self.data, &mut self.reply);
+        Ok(())
+    }
+}
+
+fn stat(region: &StoredRegion, entry: &PageEntry) -> Result<PageEntry, Refusal> {
+    let meta = region.stat(entry.page())?;
+    let flags = match meta {
+        meta if !meta.is_present() => EntryFlags::ABSENT,
+        meta if meta.is_zero() => EntryFlags::ZERO,
+        _ => EntryFlags::default(),
+    };
+    Ok(PageEntry::new(entry.page(), heca_types::PageVersion(meta.version))
+        .with_checksum(meta.checksum)
+        .with_flags(flags))
+}
+
+/// A read names the version it wants: an older or newer one does not help the reader.
+fn read(
+    region: &StoredRegion,
+    entry: &PageEntry,
+    data: &mut Vec<u8>,
+) -> Result<PageEntry, Refusal> {
+    let meta = region.read(entry.page(), entry.version(), data)?;
+    let version = heca_types::PageVersion(meta.version);
+    let answer = PageEntry::new(entry.page(), version).with_checksum(meta.checksum);
+    Ok(if !meta.is_present() || version != entry.version() {
+        answer.with_flags(EntryFlags::ABSENT)
+    } else if meta.is_zero() {
+        answer.with_flags(EntryFlags::ZERO)
+    } else {
+        answer
+    })
+}
+
+fn write(
+    store: &Store,
+    region: &StoredRegion,
+    header: &Header,
+    entry: &PageEntry,
+    bytes: Option<&[u8]>,
+) -> Result<PageEntry, Refusal> {
+    let (page, version) = (entry.page(), entry.version());
+    let content = match bytes {
+        Some(bytes) => {
+            if page_checksum(page, version, bytes) != entry.checksum() {
+                let text = format!("{page} arrived with bytes that do not match its checksum");
+                return Err(Refusal { status: Status::ChecksumMismatch, text });
+            }
+            Some((bytes, entry.checksum()))
+        }
+        None if entry.flags() == EntryFlags::ZERO => None,
+        None => {
+            let text = format!("{page}: a write needs content");
+            return Err(Refusal { status: Status::Malformed, text });
+        }
+    };
+    store.write(region, header.epoch, page, version, content)?;
+    // An acknowledgement carries no data: the flag says so to the decoder's size rule.
+    Ok(entry.with_flags(EntryFlags::default()))
+}

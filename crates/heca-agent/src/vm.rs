@@ -1,0 +1,625 @@
+//! Life cycle of the VMs of a host.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use heca_api::{
+    AccelChoice, ApiError, Client, Network, PagerState, PagerStats, Resize, VmInfo, VmRequest,
+    VmState,
+};
+use heca_types::{Epoch, OwnerId, RegionId};
+use heca_vmm::command_line::{self, Boot, VmPaths, VmSpec};
+use heca_vmm::host;
+use heca_vmm::qmp::Qmp;
+use rustix::process::{Signal, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+use crate::agent::AgentConfig;
+use crate::pager::{PagerConfig, check_budget};
+
+const QMP_TIMEOUT: Duration = Duration::from_secs(30);
+const PAGER_START_TIMEOUT: Duration = Duration::from_secs(30);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A process that may not be our child: it may have been started by a former agent.
+#[derive(Debug)]
+struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+    child: Mutex<Option<Child>>,
+}
+
+impl Process {
+    fn own(child: Child) -> std::io::Result<Self> {
+        let pid = child.id() as i32;
+        let pidfd = heca_sys::process::open_pidfd(pid)?;
+        Ok(Self { pid, pidfd, child: Mutex::new(Some(child)) })
+    }
+
+    fn adopt(pid: i32, start_time: u64) -> Option<Self> {
+        let pidfd = heca_sys::process::open_pidfd(pid).ok()?;
+        let same = heca_sys::process::start_time(pid) == Some(start_time);
+        same.then_some(Self { pid, pidfd, child: Mutex::new(None) })
+    }
+
+    /// Waits for the end of the process, at most this long.
+    fn wait(&self, timeout: Duration) -> bool {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let timeout = rustix::time::Timespec {
+            tv_sec: timeout.as_secs() as i64,
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        };
+        let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
+        let ended = matches!(poll(&mut fds, Some(&timeout)), Ok(1));
+        if ended && let Some(mut child) = lock(&self.child).take() {
+            let _ = child.wait();
+        }
+        ended
+    }
+
+    fn kill(&self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.wait(EXIT_TIMEOUT);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is written down about a VM, for an agent that starts while it runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Record {
+    request: VmRequest,
+    accel: String,
+    qemu: (i32, u64),
+    pager: (i32, u64),
+}
+
+#[derive(Debug)]
+struct Running {
+    qemu: Arc<Process>,
+    pager: Option<Arc<Process>>,
+}
+
+#[derive(Debug)]
+struct Vm {
+    request: Mutex<VmRequest>,
+    dir: PathBuf,
+    ram_file: PathBuf,
+    accel: Mutex<String>,
+    state: Mutex<VmState>,
+    problem: Mutex<Option<String>>,
+    running: Mutex<Option<Running>>,
+    qmp: Mutex<Option<Qmp>>,
+    last_stats: Mutex<Option<PagerStats>>,
+}
+
+/// The VMs of a host.
+#[derive(Debug)]
+pub struct VmManager {
+    run_dir: PathBuf,
+    memory_dir: PathBuf,
+    spin: Duration,
+    lease_ms: u64,
+    owner: OwnerId,
+    vms: Mutex<BTreeMap<String, Arc<Vm>>>,
+}
+
+fn io_error(what: &str, path: &Path, error: &std::io::Error) -> ApiError {
+    ApiError::new("io", format!("cannot {what} {}", path.display())).detail(error.to_string())
+}
+
+fn no_such_vm(name: &str) -> ApiError {
+    ApiError::new("no-such-vm", format!("there is no VM `{name}` on this host"))
+        .hint("`heca vm list` shows the VMs")
+}
+
+impl Vm {
+    fn paths(&self) -> VmPaths {
+        VmPaths {
+            ram_file: self.ram_file.clone(),
+            qmp_socket: self.dir.join("qmp.sock"),
+            console_socket: self.dir.join("console.sock"),
+            console_log: self.dir.join("console.log"),
+        }
+    }
+
+    fn pager_socket(&self) -> PathBuf {
+        self.dir.join("pager.sock")
+    }
+
+    fn pager_last(&self) -> PathBuf {
+        self.dir.join("pager-last.json")
+    }
+
+    fn record(&self) -> PathBuf {
+        self.dir.join("vm.json")
+    }
+
+    /// Frees what only a running VM needs; logs and last figures stay.
+    fn clean_up_runtime(&self) {
+        let paths = self.paths();
+        for file in [
+            &paths.ram_file,
+            &paths.qmp_socket,
+            &paths.console_socket,
+            &self.pager_socket(),
+            &self.record(),
+            &self.dir.join("pager.json"),
+        ] {
+            let _ = fs::remove_file(file);
+        }
+    }
+
+    fn kill_all(&self) {
+        lock(&self.qmp).take();
+        let Some(running) = lock(&self.running).take() else { return };
+        running.qemu.kill();
+        if let Some(pager) = running.pager
+            && !pager.wait(EXIT_TIMEOUT)
+        {
+            // It waits for a sponsor that does not answer; the leases will run out.
+            pager.kill();
+        }
+    }
+
+    fn info(&self, pager: Option<PagerStats>) -> VmInfo {
+        let request = lock(&self.request).clone();
+        let paths = self.paths();
+        let running = lock(&self.running);
+        VmInfo {
+            name: request.name,
+            state: *lock(&self.state),
+            memory: request.memory,
+            local: request.local,
+            replicas: request.replicas,
+            vcpus: request.vcpus,
+            accel: lock(&self.accel).clone(),
+            qemu_pid: running.as_ref().map(|r| r.qemu.pid),
+            pager_pid: running.as_ref().and_then(|r| r.pager.as_ref()).map(|p| p.pid),
+            console: paths.console_socket,
+            console_log: paths.console_log,
+            pager: pager.or_else(|| lock(&self.last_stats).clone()),
+            problem: lock(&self.problem).clone(),
+        }
+    }
+}
+
+impl VmManager {
+    /// Takes back the VMs that a former agent left running, and cleans up after those that ended.
+    ///
+    /// # Errors
+    /// Directories that cannot be made, or guest RAM not on tmpfs.
+    pub fn new(config: &AgentConfig) -> anyhow::Result<Self> {
+        let manager = Self {
+            run_dir: config.run_dir.join("vms"),
+            memory_dir: config.memory_dir.clone(),
+            spin: config.spin,
+            lease_ms: config.lease_ms,
+            owner: OwnerId::random(),
+            vms: Mutex::default(),
+        };
+        fs::create_dir_all(&manager.run_dir)?;
+        manager.adopt_all();
+        Ok(manager)
+    }
+
+    fn adopt_all(&self) {
+        for entry in fs::read_dir(&self.run_dir).into_iter().flatten().flatten() {
+            let dir = entry.path();
+            let record = fs::read(dir.join("vm.json"))
+                .ok()
+                .and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+            let Some(record) = record else {
+                let _ = fs::remove_dir_all(&dir);
+                continue;
+            };
+            let vm = Arc::new(self.describe(&record.request));
+            let pager = Process::adopt(record.pager.0, record.pager.1).map(Arc::new);
+            let Some(qemu) = Process::adopt(record.qemu.0, record.qemu.1) else {
+                vm.clean_up_runtime();
+                let _ = fs::remove_dir_all(&dir);
+                continue;
+            };
+            tracing::info!(vm = record.request.name, "took back a running VM");
+            *lock(&vm.accel) = record.accel;
+            *lock(&vm.state) =
+                if pager.is_some() { VmState::Running } else { VmState::PagerLost };
+            *lock(&vm.qmp) = Qmp::connect(&vm.paths().qmp_socket, QMP_TIMEOUT).ok();
+            *lock(&vm.running) = Some(Running { qemu: Arc::new(qemu), pager });
+            watch(&vm);
+            lock(&self.vms).insert(record.request.name, vm);
+        }
+    }
+
+    fn describe(&self, request: &VmRequest) -> Vm {
+        Vm {
+            dir: self.run_dir.join(&request.name),
+            ram_file: self.memory_dir.join(format!("{}.ram", request.name)),
+            request: Mutex::new(request.clone()),
+            accel: Mutex::default(),
+            state: Mutex::new(VmState::Starting),
+            problem: Mutex::default(),
+            running: Mutex::default(),
+            qmp: Mutex::default(),
+            last_stats: Mutex::default(),
+        }
+    }
+
+    /// Names of all VMs.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        lock(&self.vms).keys().cloned().collect()
+    }
+
+    fn find(&self, name: &str) -> Result<Arc<Vm>, ApiError> {
+        lock(&self.vms).get(name).cloned().ok_or_else(|| no_such_vm(name))
+    }
+
+    /// What is known about a VM, with its pager's figures of this moment.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub async fn info(&self, name: &str) -> Result<VmInfo, ApiError> {
+        let vm = self.find(name)?;
+        let stats = match *lock(&vm.state) {
+            VmState::Running | VmState::Starting => Some(vm.pager_socket()),
+            VmState::PagerLost | VmState::Stopped => None,
+        };
+        let stats = match stats {
+            Some(socket) => {
+                let client = Client::new(&socket);
+                tokio::time::timeout(Duration::from_secs(5), client.get("/v1/stats")).await
+            }
+            None => return Ok(vm.info(None)),
+        };
+        Ok(vm.info(stats.ok().and_then(Result::ok)))
+    }
+
+    /// Changes a VM's local budget.
+    ///
+    /// # Errors
+    /// An unknown name, a budget that is too small, a pager that does not answer.
+    pub async fn resize(&self, name: &str, resize: &Resize) -> Result<(), ApiError> {
+        let vm = self.find(name)?;
+        check_budget(resize.local)?;
+        let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/resize", resize).await;
+        answer.map_err(|error| match error {
+            heca_api::ClientError::Refused(error) => error,
+            error => ApiError::new("pager-silent", format!("the pager of `{name}` does not answer"))
+                .detail(error.to_string()),
+        })?;
+        lock(&vm.request).local = resize.local;
+        Ok(())
+    }
+
+    /// Starts a VM: QEMU with its processors stopped, then the pager, then the guest. If any step
+    /// fails nothing is left behind.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the request or the host, with what to do about it.
+    pub fn create(&self, request: &VmRequest) -> Result<(), ApiError> {
+        check_budget(request.local)?;
+        let accel = host::choose_accel(match request.accel {
+            AccelChoice::Auto => host::AccelChoice::Auto,
+            AccelChoice::Kvm => host::AccelChoice::Kvm,
+            AccelChoice::Tcg => host::AccelChoice::Tcg,
+        })
+        .map_err(|error| ApiError::new("no-accel", error.to_string()))?;
+        let spec = spec_of(request, accel)?;
+        let qemu = host::find_qemu(request.qemu.as_deref())
+            .map_err(|error| ApiError::new("no-qemu", error.to_string()))?;
+        if request.sponsors.is_empty() {
+            return Err(ApiError::new("no-sponsors", "a VM needs sponsors for its remote memory")
+                .hint("give --sponsor HOST:PORT at least once for each replica"));
+        }
+        let vm = Arc::new(self.describe(request));
+        *lock(&vm.accel) = format!("{accel:?}").to_lowercase();
+        {
+            let mut vms = lock(&self.vms);
+            let taken = vms.get(&request.name).is_some_and(|known| {
+                !matches!(*lock(&known.state), VmState::Stopped)
+            });
+            if taken {
+                return Err(ApiError::new(
+                    "name-taken",
+                    format!("a VM `{}` exists on this host already", request.name),
+                )
+                .hint(format!("stop it with `heca vm stop {}`, or choose another name", request.name)));
+            }
+            vms.insert(request.name.clone(), vm.clone());
+        }
+        let started = self.start(&vm, request, &spec, &qemu);
+        if let Err(error) = started {
+            vm.kill_all();
+            vm.clean_up_runtime();
+            let _ = fs::remove_dir_all(&vm.dir);
+            lock(&self.vms).remove(&request.name);
+            return Err(error);
+        }
+        watch(&vm);
+        Ok(())
+    }
+
+    fn start(
+        &self,
+        vm: &Arc<Vm>,
+        request: &VmRequest,
+        spec: &VmSpec,
+        qemu: &Path,
+    ) -> Result<(), ApiError> {
+        fs::create_dir_all(&self.memory_dir)
+            .map_err(|error| io_error("create", &self.memory_dir, &error))?;
+        if !crate::store::is_tmpfs(&self.memory_dir).unwrap_or(false) {
+            return Err(ApiError::new(
+                "not-tmpfs",
+                format!("{} is not on tmpfs", self.memory_dir.display()),
+            )
+            .hint("start the agent with --memory-dir on tmpfs, such as /dev/shm/heca"));
+        }
+        let _ = fs::remove_dir_all(&vm.dir);
+        fs::create_dir_all(&vm.dir).map_err(|error| io_error("create", &vm.dir, &error))?;
+        let paths = vm.paths();
+        // Made here, so that nobody else can read guest memory, not even for a moment.
+        File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&paths.ram_file)
+            .map_err(|error| io_error("create", &paths.ram_file, &error))?;
+        let qemu_process = start_qemu(vm, spec, qemu, &paths)?;
+        *lock(&vm.running) = Some(Running { qemu: qemu_process.clone(), pager: None });
+        let mut qmp = connect_qmp(vm, &qemu_process)?;
+
+        let config = PagerConfig {
+            name: request.name.clone(),
+            pid: qemu_process.pid,
+            ram_file: paths.ram_file,
+            region: RegionId::random(),
+            owner: self.owner,
+            epoch: Epoch(1),
+            local: request.local,
+            replicas: request.replicas,
+            sponsors: request.sponsors.clone(),
+            eviction: request.eviction,
+            prefetch: request.prefetch,
+            lease_ms: self.lease_ms,
+            spin_us: self.spin.as_micros() as u64,
+        };
+        let pager = start_pager(vm, &config)?;
+        let identity = |process: &Process| {
+            (process.pid, heca_sys::process::start_time(process.pid).unwrap_or(0))
+        };
+        let record = Record {
+            request: request.clone(),
+            accel: lock(&vm.accel).clone(),
+            qemu: identity(&qemu_process),
+            pager: identity(&pager),
+        };
+        *lock(&vm.running) = Some(Running { qemu: qemu_process, pager: Some(pager) });
+        let bytes = serde_json::to_vec(&record).expect("plain data can be written as JSON");
+        fs::write(vm.record(), bytes).map_err(|error| io_error("write", &vm.record(), &error))?;
+        qmp.cont().map_err(|error| ApiError::new("qemu-failed", error.to_string()))?;
+        *lock(&vm.qmp) = Some(qmp);
+        *lock(&vm.state) = VmState::Running;
+        tracing::info!(vm = request.name, "VM runs");
+        Ok(())
+    }
+
+    /// Stops a VM and forgets it. A running guest gets `grace_ms` to shut down by itself.
+    ///
+    /// # Errors
+    /// An unknown name.
+    pub fn stop(&self, name: &str, grace_ms: u64) -> Result<VmInfo, ApiError> {
+        let vm = self.find(name)?;
+        let qemu = lock(&vm.running).as_ref().map(|running| running.qemu.clone());
+        if let Some(qemu) = qemu {
+            let mut qmp = lock(&vm.qmp);
+            if grace_ms > 0
+                && let Some(qmp) = qmp.as_mut()
+                && qmp.system_powerdown().is_ok()
+            {
+                qemu.wait(Duration::from_millis(grace_ms));
+            }
+            if let Some(qmp) = qmp.as_mut() {
+                let _ = qmp.quit();
+            }
+            drop(qmp);
+            qemu.wait(Duration::from_secs(5));
+        }
+        vm.kill_all();
+        // The watcher may be at it, too; both only take files away.
+        end(&vm);
+        let info = vm.info(None);
+        let _ = fs::remove_dir_all(&vm.dir);
+        lock(&self.vms).remove(name);
+        tracing::info!(vm = name, "VM stopped");
+        Ok(info)
+    }
+
+    /// Stops all VMs at once.
+    pub fn stop_all(&self) {
+        for name in self.names() {
+            let _ = self.stop(&name, 0);
+        }
+    }
+}
+
+fn spec_of(request: &VmRequest, accel: command_line::Accel) -> Result<VmSpec, ApiError> {
+    let boot = match (&request.boot.kernel, request.boot.disks.is_empty()) {
+        (Some(kernel), _) => {
+            Boot::Kernel { kernel: kernel.clone(), initrd: request.boot.initrd.clone() }
+        }
+        (None, false) => Boot::Disk,
+        (None, true) => {
+            return Err(ApiError::new("nothing-to-boot", "the VM has nothing to start from")
+                .hint("give --kernel FILE (and --initrd FILE), or --disk FILE"));
+        }
+    };
+    let spec = VmSpec {
+        name: request.name.clone(),
+        memory: request.memory,
+        vcpus: request.vcpus,
+        accel,
+        boot,
+        append: request.boot.append.clone(),
+        disks: request.boot.disks.clone(),
+        network: match request.network {
+            Network::None => command_line::Network::None,
+            Network::User => command_line::Network::User,
+        },
+        extra_args: request.qemu_args.clone(),
+    };
+    command_line::validate(&spec)
+        .map_err(|error| ApiError::new("bad-request", error.to_string()))?;
+    Ok(spec)
+}
+
+/// Starts a program in a process group of its own, so that a Ctrl-C in the agent's terminal does
+/// not reach it.
+fn spawn(command: &mut Command, log: &Path) -> Result<Child, ApiError> {
+    let open = || File::options().create(true).append(true).mode(0o600).open(log);
+    let file = open().map_err(|error| io_error("create", log, &error))?;
+    let program = PathBuf::from(command.get_program());
+    command
+        .stdin(Stdio::null())
+        .stderr(file)
+        .process_group(0)
+        .spawn()
+        .map_err(|error| io_error("start", &program, &error))
+}
+
+fn start_qemu(
+    vm: &Vm,
+    spec: &VmSpec,
+    qemu: &Path,
+    paths: &VmPaths,
+) -> Result<Arc<Process>, ApiError> {
+    let log = vm.dir.join("qemu.log");
+    let mut command = Command::new(qemu);
+    command.args(command_line::qemu_arguments(spec, paths)).stdout(Stdio::null());
+    let child = spawn(&mut command, &log)?;
+    Process::own(child).map(Arc::new).map_err(|error| io_error("watch", qemu, &error))
+}
+
+/// Connects to QEMU's monitor; when QEMU ends instead, its own words are the error.
+fn connect_qmp(vm: &Vm, qemu: &Process) -> Result<Qmp, ApiError> {
+    let socket = vm.paths().qmp_socket;
+    let deadline = Instant::now() + QMP_TIMEOUT;
+    loop {
+        let problem = match Qmp::connect(&socket, Duration::from_millis(500)) {
+            Ok(mut qmp) => {
+                qmp.set_timeout(QMP_TIMEOUT);
+                return Ok(qmp);
+            }
+            Err(error) => error,
+        };
+        if qemu.wait(Duration::ZERO) {
+            return Err(ApiError::new("qemu-failed", "QEMU ended at once")
+                .detail(tail(&vm.dir.join("qemu.log"))));
+        }
+        if Instant::now() > deadline {
+            return Err(ApiError::new("qemu-silent", "QEMU's monitor does not answer")
+                .detail(problem.to_string()));
+        }
+    }
+}
+
+/// The last lines of a log.
+fn tail(path: &Path) -> String {
+    let mut text = String::new();
+    if let Ok(mut file) = File::open(path) {
+        let len = file.metadata().map_or(0, |m| m.len());
+        let _ = file.seek(SeekFrom::Start(len.saturating_sub(2000)));
+        let _ = file.read_to_string(&mut text);
+    }
+    text.trim().to_owned()
+}
+
+fn start_pager(vm: &Vm, config: &PagerConfig) -> Result<Arc<Process>, ApiError> {
+    let program = std::env::current_exe()
+        .map_err(|error| ApiError::new("io", "cannot find my own program").detail(error.to_string()))?;
+    let file = vm.dir.join("pager.json");
+    let bytes = serde_json::to_vec(config).expect("plain data can be written as JSON");
+    fs::write(&file, bytes).map_err(|error| io_error("write", &file, &error))?;
+    let log = vm.dir.join("pager.log");
+    let mut command = Command::new(program);
+    command.arg("pager").arg("--config").arg(&file).arg("--socket").arg(vm.pager_socket());
+    command.arg("--last").arg(vm.pager_last()).stdout(Stdio::piped());
+    let mut child = spawn(&mut command, &log)?;
+    let stdout = child.stdout.take().expect("standard output is piped");
+    let process = Process::own(child)
+        .map(Arc::new)
+        .map_err(|error| io_error("watch", &vm.pager_socket(), &error))?;
+    let (sender, receiver) = crossbeam_channel::bounded(1);
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        let _ = BufReader::new(stdout).read_line(&mut line);
+        let _ = sender.send(line);
+    });
+    let line = receiver.recv_timeout(PAGER_START_TIMEOUT).unwrap_or_default();
+    match serde_json::from_str::<PagerState>(&line) {
+        Ok(PagerState::Ready) => Ok(process),
+        Ok(PagerState::Failed { error }) => {
+            process.wait(EXIT_TIMEOUT);
+            Err(error)
+        }
+        Err(_) => {
+            process.kill();
+            Err(ApiError::new("pager-failed", "the pager did not start").detail(tail(&log)))
+        }
+    }
+}
+
+/// Watches a VM's processes until it ends.
+fn watch(vm: &Arc<Vm>) {
+    let vm = vm.clone();
+    std::thread::spawn(move || {
+        let (qemu, pager) = match &*lock(&vm.running) {
+            Some(running) => (running.qemu.clone(), running.pager.clone()),
+            None => return,
+        };
+        let mut pager_lost = pager.is_none();
+        while !qemu.wait(Duration::from_millis(250)) {
+            let lost = pager.as_ref().is_none_or(|pager| pager.wait(Duration::ZERO));
+            if lost && !pager_lost && !qemu.wait(Duration::from_millis(500)) {
+                pager_lost = true;
+                let name = lock(&vm.request).name.clone();
+                tracing::error!(vm = name, "the pager is gone: the guest stands still");
+                *lock(&vm.state) = VmState::PagerLost;
+                *lock(&vm.problem) = Some(format!(
+                    "the pager ended; the guest stands still at its next fault. See {}",
+                    vm.dir.join("pager.log").display()
+                ));
+            }
+        }
+        if let Some(pager) = pager
+            && !pager.wait(EXIT_TIMEOUT)
+        {
+            pager.kill();
+        }
+        end(&vm);
+    });
+}
+
+/// QEMU and pager ended.
+fn end(vm: &Vm) {
+    if let Ok(bytes) = fs::read(vm.pager_last())
+        && let Ok(stats) = serde_json::from_slice(&bytes)
+    {
+        *lock(&vm.last_stats) = Some(stats);
+    }
+    vm.clean_up_runtime();
+    lock(&vm.qmp).take();
+    lock(&vm.running).take();
+    *lock(&vm.state) = VmState::Stopped;
+}

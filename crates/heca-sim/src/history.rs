@@ -1,0 +1,120 @@
+//! What happened, kept in a compact form until somebody asks.
+
+use std::collections::VecDeque;
+
+use heca_core::pager::{Action, Event, FaultKind};
+
+const RECORDS_MAX: usize = 200_000;
+const LINES_MAX: usize = 40;
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum What {
+    ToPager(Event),
+    FromPager(Action),
+    Adopted { value: u64 },
+    Read { vcpu: usize, value: u64 },
+    Write { vcpu: usize, value: u64 },
+    Blocked { vcpu: usize, kind: FaultKind },
+    PoisonHit { vcpu: usize },
+    Zapped { took: bool },
+    Protected,
+    ReadForStore { value: u64 },
+    Dropped,
+    SponsorStored { sponsor: u8, version: u32, value: u64 },
+    SponsorRefused { sponsor: u8, version: u32 },
+    SponsorServed { sponsor: u8, version: u32 },
+    CopyRotted { sponsor: u8 },
+    Crashed { sponsor: u8 },
+    Restarted { sponsor: u8 },
+    KernelUnmapped,
+    OwnerDiscarded,
+    Zombie { sponsor: u8 },
+    MemoryFull { full: bool },
+    Heal,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Record {
+    tick: u64,
+    page: Option<u64>,
+    what: What,
+}
+
+/// Newest records of a run.
+#[derive(Debug, Default)]
+pub(crate) struct History {
+    records: VecDeque<Record>,
+}
+
+impl History {
+    pub(crate) fn push(&mut self, tick: u64, page: Option<u64>, what: What) {
+        if self.records.len() == RECORDS_MAX {
+            self.records.pop_front();
+        }
+        self.records.push_back(Record { tick, page, what });
+    }
+
+    /// The newest lines that concern a page and its sponsors (or, without a page, everything).
+    pub(crate) fn lines(&self, page: Option<u64>, sponsors: &[u8]) -> Vec<String> {
+        let concerns = |record: &&Record| match (page, record.page) {
+            (None, _) => true,
+            (Some(page), Some(other)) => page == other,
+            (Some(_), None) => record.what.sponsor().is_none_or(|s| sponsors.contains(&s)),
+        };
+        let mut lines: Vec<String> = self
+            .records
+            .iter()
+            .rev()
+            .filter(concerns)
+            .take(LINES_MAX)
+            .map(|r| format!("{:>8}  {}", r.tick, r.what.text()))
+            .collect();
+        lines.reverse();
+        lines
+    }
+}
+
+impl What {
+    /// The sponsor that an entry without a page is about.
+    fn sponsor(self) -> Option<u8> {
+        match self {
+            Self::ToPager(Event::SponsorDown { sponsor } | Event::SponsorUp { sponsor })
+            | Self::Crashed { sponsor }
+            | Self::Restarted { sponsor } => Some(sponsor),
+            _ => None,
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self::ToPager(event) => format!("-> pager    {event:?}"),
+            Self::FromPager(action) => format!("<- pager    {action:?}"),
+            Self::Adopted { value } => format!("owner       had {value:#x} before the pager came"),
+            Self::Read { vcpu, value } => format!("vcpu {vcpu}      read {value:#x}"),
+            Self::Write { vcpu, value } => format!("vcpu {vcpu}      wrote {value:#x}"),
+            Self::Blocked { vcpu, kind } => format!("vcpu {vcpu}      blocked ({kind:?})"),
+            Self::PoisonHit { vcpu } => format!("vcpu {vcpu}      memory error"),
+            Self::Zapped { took } => format!("evictor     zapped, took effect: {took}"),
+            Self::Protected => "evictor     write-protected".into(),
+            Self::ReadForStore { value } => format!("evictor     read {value:#x}"),
+            Self::Dropped => "evictor     dropped the page".into(),
+            Self::SponsorStored { sponsor, version, value } => {
+                format!("sponsor {sponsor}   stored version {version} = {value:#x}")
+            }
+            Self::SponsorRefused { sponsor, version } => {
+                format!("sponsor {sponsor}   refused version {version}")
+            }
+            Self::SponsorServed { sponsor, version } => {
+                format!("sponsor {sponsor}   was asked for version {version}")
+            }
+            Self::CopyRotted { sponsor } => format!("sponsor {sponsor}   copy rotted"),
+            Self::Crashed { sponsor } => format!("sponsor {sponsor}   crashed"),
+            Self::Restarted { sponsor } => format!("sponsor {sponsor}   restarted"),
+            Self::KernelUnmapped => "kernel      removed the mapping unasked".into(),
+            Self::OwnerDiscarded => "owner       discarded the page".into(),
+            Self::Zombie { sponsor } => format!("old owner   wrote to sponsor {sponsor}"),
+            Self::MemoryFull { full } => format!("kernel      out of memory: {full}"),
+            Self::Heal => "world       heals".into(),
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The checks. Each knows only what the fake world did, not what the machines believe.
+
+use heca_core::invariants::{EP_1, Invariant, PG_1, PG_2, PG_3, PG_4, PG_5, PG_6, PL_1, PL_2};
+use heca_core::pager::Event;
+use heca_types::{ExtentIndex, PageIndex};
+
+use crate::guest::Vcpu;
+use crate::world::World;
+
+/// A broken invariant, before it is dressed up for people.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) invariant: Invariant,
+    pub(crate) page: Option<PageIndex>,
+    pub(crate) detail: String,
+}
+
+pub(crate) type Check = Result<(), Failure>;
+
+pub(crate) fn fail(
+    invariant: Invariant,
+    page: impl Into<Option<PageIndex>>,
+    detail: String,
+) -> Check {
+    Err(Failure { invariant, page: page.into(), detail })
+}
+
+/// What a guest may read from a page.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Expected {
+    pub(crate) value: u64,
+    /// Content before the owner discarded the page. Until the next write either may be read: the
+    /// pager does not learn of discards, and an owner must not rely on what it gave away.
+    pub(crate) before_discard: Option<u64>,
+}
+
+impl Expected {
+    pub(crate) fn allows(self, value: u64) -> bool {
+        value == self.value || self.before_discard == Some(value)
+    }
+}
+
+/// Memory of the checks.
+#[derive(Debug)]
+pub(crate) struct Oracle {
+    pub(crate) expected: Vec<Expected>,
+    /// Sponsor that each page is being fetched from.
+    pub(crate) fetching: Vec<Option<u8>>,
+    /// Fetches of this page were spoilt since it was last brought in.
+    pub(crate) spoilt: Vec<bool>,
+    /// Sponsors that answered a fetch of this page with an error since it was last brought in: the
+    /// pager may count on them no longer.
+    pub(crate) failed: Vec<u8>,
+    /// All copies of this page were spoilt: poisoning it is right.
+    pub(crate) lost: Vec<bool>,
+    /// PG-6: local pages may not exceed this. It is the budget or, after that was lowered, what
+    /// there was; and it only shrinks until it is the budget again.
+    ceiling: u64,
+    local: u64,
+}
+
+impl Oracle {
+    pub(crate) fn new(slots: usize, budget: u64) -> Self {
+        Self {
+            expected: vec![Expected::default(); slots],
+            fetching: vec![None; slots],
+            spoilt: vec![false; slots],
+            failed: vec![0; slots],
+            lost: vec![false; slots],
+            ceiling: budget,
+            local: 0,
+        }
+    }
+
+    /// What was there before the pager may exceed the budget, too.
+    pub(crate) fn adopted(&mut self, local: u64) {
+        self.local = local;
+        self.ceiling = self.ceiling.max(local);
+    }
+}
+
+impl World {
+    /// PG-1.
+    pub(crate) fn check_read(&mut self, slot: usize, value: u64) -> Check {
+        self.stats.reads_checked += 1;
+        self.stats.checked(PG_1);
+        let expected = self.oracle.expected[slot];
+        if expected.allows(value) {
+            return Ok(());
+        }
+        let detail = format!("the guest read {value:#x}, it had written {:#x}", expected.value);
+        fail(PG_1, self.page(slot), detail)
+    }
+
+    /// PG-1: a page is given up only if every copy of it was spoilt.
+    pub(crate) fn check_poison(&mut self, page: PageIndex) -> Check {
+        self.stats.checked(PG_1);
+        if self.oracle.lost[self.slot(page)] {
+            return Ok(());
+        }
+        fail(PG_1, page, "poisoned although a good copy of it exists".into())
+    }
+
+    /// PG-2, just before the page goes.
+    pub(crate) fn check_before_drop(&mut self, page: PageIndex) -> Check {
+        self.stats.checked(PG_2);
+        let slot = self.slot(page);
+        // A hole: the owner discarded the page, nothing is lost.
+        let Some(value) = self.kernel.frame(slot).content else {
+            return Ok(());
+        };
+        let set = self.layout.replicas(page.extent());
+        let mut holders = 0;
+        for &sponsor in set.sponsors() {
+            let node = &self.nodes[usize::from(sponsor)];
+            if node.holds(slot, value) {
+                holders += 1;
+            } else if node.up && !node.was_down {
+                let detail = format!("{value:#x} is dropped, but sponsor {sponsor} lacks it");
+                return fail(PG_2, page, detail);
+            }
+        }
+        if holders == 0 {
+            return fail(PG_2, page, format!("{value:#x} is dropped, but no sponsor has it"));
+        }
+        Ok(())
+    }
+
+    /// PG-3.
+    pub(crate) fn check_fetch(&mut self, page: PageIndex, sponsor: u8) -> Check {
+        self.stats.checked(PG_3);
+        let slot = self.slot(page);
+        if let Some(other) = self.oracle.fetching[slot].replace(sponsor) {
+            let detail = format!("fetched from {sponsor} and still from {other}");
+            return fail(PG_3, page, detail);
+        }
+        Ok(())
+    }
+
+    /// PG-6, after each step of the pager.
+    pub(crate) fn check_budget(&mut self, event: Event) -> Check {
+        self.stats.checked(PG_6);
+        let gauges = self.pager.gauges();
+        if matches!(event, Event::SetBudget { .. } | Event::Restore) {
+            self.oracle.ceiling = self.oracle.local;
+        }
+        let ceiling = self.oracle.ceiling.max(gauges.budget_pages);
+        let local = gauges.local_pages;
+        if local > ceiling {
+            let budget = gauges.budget_pages;
+            let detail = format!("{local} local pages; budget {budget}, at most {ceiling} allowed");
+            return fail(PG_6, None, detail);
+        }
+        self.oracle.local = local;
+        self.oracle.ceiling = ceiling.min(local).max(gauges.budget_pages);
+        let present = self.kernel.present();
+        if present > local {
+            let detail = format!("{present} pages are in memory, the pager counts {local}");
+            return fail(PG_6, None, detail);
+        }
+        let sum = local + gauges.remote_pages + gauges.untouched_pages + gauges.poisoned_pages;
+        if sum != gauges.pages {
+            let detail = format!("{} pages, but their states add up to {sum}", gauges.pages);
+            return fail(PG_6, None, detail);
+        }
+        Ok(())
+    }
+
+    /// PG-4 and PG-5, for a world that had its time to come to rest.
+    pub(crate) fn check_no_waiters(&mut self) -> Check {
+        self.stats.checked(PG_4);
+        self.stats.checked(PG_5);
+        let blocked = self.guest.vcpus.iter().find_map(Vcpu::blocked_on);
+        let Some(slot) = blocked else { return Ok(()) };
+        let gauges = self.pager.gauges();
+        let known = gauges.stalled_faults + gauges.blocked_faults != 0;
+        let page = self.page(slot);
+        if self.is_idle() && !known {
+            return fail(PG_4, page, "a vCPU waits, and nothing is under way for it".into());
+        }
+        fail(PG_5, page, format!("a vCPU still waits after the world healed: {gauges:?}"))
+    }
+
+    /// PG-1 for all pages, after they were brought home.
+    pub(crate) fn check_all_home(&mut self) -> Check {
+        for slot in 0..self.params.slots.len() {
+            let frame = *self.kernel.frame(slot);
+            if !frame.poisoned {
+                self.check_read(slot, frame.content.unwrap_or(0))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// PL-1, once for each world.
+    pub(crate) fn check_layout(&mut self) -> Check {
+        for extent in 0..self.layout.len() {
+            self.stats.checked(PL_1);
+            let set = self.layout.replicas(ExtentIndex(extent));
+            let sponsors = set.sponsors();
+            let twice = (1..sponsors.len()).any(|i| sponsors[..i].contains(&sponsors[i]));
+            if twice || sponsors.len() != self.params.replicas {
+                return fail(PL_1, None, format!("extent {extent} sits on {sponsors:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// PL-2, after each request that may change what a sponsor promised.
+    pub(crate) fn check_offer(&mut self, sponsor: usize) -> Check {
+        self.stats.checked(PL_2);
+        let machine = &self.nodes[sponsor].machine;
+        let promised: u64 = machine.regions().map(|(_, region)| region.quota_bytes).sum();
+        let (reserved, offer) = (machine.reserved_bytes(), machine.offer_bytes());
+        if reserved > offer || promised != reserved {
+            let detail = format!(
+                "sponsor {sponsor} offers {offer} bytes, counts {reserved}, promised {promised}"
+            );
+            return fail(PL_2, None, detail);
+        }
+        Ok(())
+    }
+
+    /// EP-1, with the sponsor's answer to an old owner.
+    pub(crate) fn check_refused(&mut self, page: PageIndex, what: &str, refused: bool) -> Check {
+        self.stats.checked(EP_1);
+        if refused {
+            return Ok(());
+        }
+        fail(EP_1, page, format!("a sponsor carried out {what} of an old owner"))
+    }
+}

@@ -1,0 +1,141 @@
+//! What one world is like, drawn from its seed. Each kind of trouble is left out of some worlds:
+//! a trouble that is always there can hide the bugs that need its absence (swarm testing).
+
+use std::collections::BTreeSet;
+
+use heca_core::pager::Protection;
+use heca_types::limits::EXTENT_PAGES;
+
+use crate::rng::Rng;
+
+pub(crate) const BUDGET_MIN: usize = 64;
+pub(crate) const BUDGET_MAX: usize = 600;
+
+/// How often trouble comes: once in this many occasions, 0 for never.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Rates {
+    pub(crate) again: usize,
+    pub(crate) no_memory: usize,
+    pub(crate) zap_fails: usize,
+    pub(crate) read_fails: usize,
+    pub(crate) punch_fails: usize,
+    pub(crate) corrupt: usize,
+    pub(crate) store_refused: usize,
+    pub(crate) unmap: usize,
+    pub(crate) discard: usize,
+    pub(crate) crash: usize,
+    pub(crate) restart: usize,
+    pub(crate) freeze: usize,
+    pub(crate) late_frame: usize,
+    pub(crate) rot: usize,
+    pub(crate) lose: usize,
+    pub(crate) budget: usize,
+    pub(crate) memory_full: usize,
+}
+
+/// How often each actor gets its turn, relative to the others.
+#[derive(Debug, Clone)]
+pub(crate) struct Weights {
+    pub(crate) guest: usize,
+    pub(crate) pager: usize,
+    pub(crate) evictor: usize,
+    pub(crate) network: usize,
+    pub(crate) chaos: usize,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Params {
+    /// Pages of the region.
+    pub(crate) pages: u64,
+    /// The pages that are used, in rising order. A slot is a position in this list.
+    pub(crate) slots: Vec<u64>,
+    pub(crate) budget: usize,
+    /// Pages in memory before the pager comes.
+    pub(crate) adopted: usize,
+    pub(crate) protection: Protection,
+    pub(crate) prefetch: bool,
+    pub(crate) replicas: usize,
+    pub(crate) sponsor_weights: Vec<u32>,
+    pub(crate) vcpus: usize,
+    /// Writes out of 10 accesses.
+    pub(crate) writes: usize,
+    /// Events that the pager handles in one turn.
+    pub(crate) pager_burst: usize,
+    pub(crate) weights: Weights,
+    pub(crate) rates: Rates,
+    /// Whether the world ends with every page brought home.
+    pub(crate) restore: bool,
+    /// Whether the guest goes on meanwhile: that helps along what restoring alone cannot bring.
+    pub(crate) restore_accesses: bool,
+}
+
+impl Params {
+    pub(crate) fn draw(rng: &mut Rng) -> Self {
+        let extents = rng.range(2, 3) as u64;
+        let pages = (extents - 1) * EXTENT_PAGES + 500;
+        let slots = draw_slots(rng, pages);
+        let budget = (slots.len() / rng.range(2, 6)).clamp(BUDGET_MIN, BUDGET_MAX);
+        let sponsors = rng.range(1, 4);
+        let zap = rng.one_in(2);
+        Self {
+            pages,
+            slots,
+            budget,
+            adopted: if rng.one_in(2) { rng.range(1, 2 * budget) } else { 0 },
+            protection: if zap { Protection::Zap } else { Protection::WriteProtect },
+            prefetch: !rng.one_in(4),
+            replicas: rng.range(1, sponsors.min(3)),
+            sponsor_weights: (0..sponsors).map(|_| rng.range(1, 3) as u32).collect(),
+            vcpus: rng.range(2, 6),
+            writes: rng.range(1, 7),
+            pager_burst: rng.range(1, 8),
+            weights: Weights {
+                guest: rng.range(4, 16),
+                pager: rng.range(4, 16),
+                evictor: rng.range(2, 10),
+                network: rng.range(2, 16),
+                chaos: rng.range(1, 2),
+            },
+            rates: draw_rates(rng),
+            restore: rng.one_in(2),
+            restore_accesses: rng.one_in(2),
+        }
+    }
+}
+
+fn draw_slots(rng: &mut Rng, pages: u64) -> Vec<u64> {
+    let count = rng.range(200, 2000);
+    let mut slots = BTreeSet::new();
+    while slots.len() < count {
+        let start = rng.below(pages as usize) as u64;
+        let run = if rng.one_in(2) { rng.range(8, 96) as u64 } else { 1 };
+        slots.extend((start..(start + run).min(pages)).take(count - slots.len()));
+    }
+    slots.into_iter().collect()
+}
+
+fn draw_rates(rng: &mut Rng) -> Rates {
+    let mut rate = |low, high| {
+        if rng.one_in(4) { 0 } else { rng.range(low, high) }
+    };
+    Rates {
+        again: rate(10, 200),
+        no_memory: rate(50, 500),
+        zap_fails: rate(20, 400),
+        read_fails: rate(50, 500),
+        punch_fails: rate(20, 400),
+        corrupt: rate(2, 30),
+        store_refused: rate(4, 100),
+        unmap: rate(2, 8),
+        discard: rate(1, 4),
+        crash: rate(2, 12),
+        freeze: rate(4, 32),
+        restart: rng.range(1, 8),
+        late_frame: rng.range(1, 4),
+        rot: if rng.one_in(4) { 0 } else { rng.range(1, 3) },
+        // Lost pages are poisoned, which would hide wrong poisoning elsewhere in the same world.
+        lose: if rng.one_in(4) { rng.range(4, 16) } else { 0 },
+        budget: if rng.one_in(4) { 0 } else { rng.range(1, 16) },
+        memory_full: if rng.one_in(2) { 0 } else { rng.range(4, 16) },
+    }
+}

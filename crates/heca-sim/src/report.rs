@@ -1,0 +1,249 @@
+//! What a run covered, and what a broken invariant looks like to a person.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use heca_core::invariants::{self, Invariant};
+use heca_core::pager::{Counters, Mutation};
+use serde::Serialize;
+
+/// The machines' own debug assertions hold; the simulation reports a panic under this id.
+pub const SIM_1: Invariant =
+    Invariant { id: "SIM-1", text: "the machines' own assertions hold in every run" };
+
+macro_rules! marks {
+    ($($mark:ident => $name:literal,)*) => {
+        /// Situations of the fake world that every long run should meet.
+        #[derive(Debug, Clone, Copy)]
+        pub(crate) enum Mark { $($mark,)* }
+
+        const MARK_NAMES: &[&str] = &[$($name,)*];
+    };
+}
+
+marks! {
+    StaleEvent => "sim_stale_fault_events",
+    SharedPage => "sim_several_vcpus_on_one_page",
+    InstallRace => "sim_vcpu_between_install_and_answer",
+    Remapped => "sim_mapped_again_before_check",
+    ZapFailed => "sim_zap_did_not_take",
+    ReadFailed => "sim_victim_unreadable",
+    CleanVictim => "sim_victim_clean",
+    ZeroUntold => "sim_zero_page_never_sent",
+    ZeroTold => "sim_zero_page_sent",
+    AsyncCleared => "sim_write_cleared_wp_unasked",
+    KernelUnmap => "sim_kernel_unmapped_unasked",
+    Discard => "sim_owner_discards",
+    Crash => "sim_sponsor_crashes",
+    Frozen => "sim_sponsors_frozen",
+    LateFrame => "sim_late_frames_stored",
+    LateRefused => "sim_late_frames_refused",
+    StoreRefused => "sim_stores_refused",
+    FetchSpoilt => "sim_fetches_spoilt",
+    Rotted => "sim_copies_rotted",
+    Lost => "sim_pages_lost_on_all_sponsors",
+    PoisonHit => "sim_poison_hits",
+    ZombieRefused => "sim_old_owner_refused",
+    RegionRefused => "sim_regions_refused_over_offer",
+    RegionOpened => "sim_other_regions_opened",
+    BudgetLowered => "sim_budget_lowered",
+    BudgetRaised => "sim_budget_raised",
+    MemoryFull => "sim_memory_full",
+    Heal => "sim_heals",
+    Restore => "sim_restores",
+}
+
+/// Counters of the pager that mark a branch which must not stay untried.
+const RARE_COUNTERS: &[&str] = &[
+    "prefetches_used",
+    "prefetches_wasted",
+    "standby_hits",
+    "faults_stalled",
+    "faults_blocked",
+    "evicted_clean_pages",
+    "evicted_zero_pages",
+    "cancelled_unmapping",
+    "cancelled_storing",
+    "skipped_mapped",
+    "store_failures",
+    "late_results",
+    "fetch_retries",
+    "corrupt_replies",
+    "fetched_from_stale",
+    "install_exists",
+    "install_again",
+    "install_no_memory",
+    "owner_discards",
+    "faults_while_fetching",
+    "faults_while_punching",
+    "punch_failures",
+    "faults_write_protect",
+    "poisoned_pages",
+];
+
+/// Counts of one run, over all its worlds.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Stats {
+    pub(crate) reads_checked: u64,
+    pub(crate) writes: u64,
+    /// Times that each invariant was checked, in the order of [`invariants::ALL`].
+    checks: [u64; invariants::ALL.len()],
+    marks: [u64; MARK_NAMES.len()],
+    counters: BTreeMap<String, u64>,
+}
+
+impl Stats {
+    pub(crate) fn mark(&mut self, mark: Mark) {
+        self.marks[mark as usize] += 1;
+    }
+
+    pub(crate) fn checked(&mut self, invariant: Invariant) {
+        let index = invariants::ALL.iter().position(|i| i.id == invariant.id);
+        self.checks[index.expect("every invariant is in the list")] += 1;
+    }
+
+    /// Adds the counters of a pager, by name, so that new ones need no change here.
+    pub(crate) fn add_counters(&mut self, counters: &Counters) {
+        let value = serde_json::to_value(counters).expect("counters are plain numbers");
+        let fields = value.as_object().expect("counters are a struct");
+        for (name, count) in fields {
+            *self.counters.entry(name.clone()).or_default() += count.as_u64().unwrap_or(0);
+        }
+    }
+
+    pub(crate) fn report(self, seed: u64, ticks: u64, worlds: u64) -> Report {
+        let invariants = invariants::ALL
+            .iter()
+            .zip(self.checks)
+            .map(|(i, times)| InvariantChecks { id: i.id, text: i.text, times })
+            .collect();
+        let rare = RARE_COUNTERS.iter().map(|&name| (name, self.counters[name]));
+        let marks = MARK_NAMES.iter().copied().zip(self.marks);
+        let branches = rare.chain(marks).map(|(name, count)| Branch { name, count }).collect();
+        Report {
+            seed,
+            ticks,
+            worlds,
+            reads_checked: self.reads_checked,
+            writes: self.writes,
+            invariants,
+            branches,
+            counters: self.counters,
+        }
+    }
+}
+
+/// How often one invariant was checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct InvariantChecks {
+    /// Its id.
+    pub id: &'static str,
+    /// What must hold.
+    pub text: &'static str,
+    /// Number of checks.
+    pub times: u64,
+}
+
+/// How often a rare situation was met.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Branch {
+    /// Name of the pager's counter or, with `sim_` in front, of the simulation's.
+    pub name: &'static str,
+    /// How often.
+    pub count: u64,
+}
+
+/// Result of a run in which every invariant held.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Steps done; somewhat more than asked for, as the last world is brought to rest.
+    pub ticks: u64,
+    /// Worlds that were run one after the other.
+    pub worlds: u64,
+    /// Guest reads compared with the last write.
+    pub reads_checked: u64,
+    /// Guest writes.
+    pub writes: u64,
+    /// Checks of each invariant.
+    pub invariants: Vec<InvariantChecks>,
+    /// Rare situations.
+    pub branches: Vec<Branch>,
+    /// All counters of the pager, added up.
+    pub counters: BTreeMap<String, u64>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "seed {}: {} ticks in {} worlds", self.seed, self.ticks, self.worlds)?;
+        writeln!(f, "{} reads checked, {} writes", self.reads_checked, self.writes)?;
+        writeln!(f)?;
+        for i in &self.invariants {
+            writeln!(f, "{:<6}{:>12}  {}", i.id, i.times, i.text)?;
+        }
+        writeln!(f)?;
+        for branch in &self.branches {
+            writeln!(f, "{:<38}{:>12}", branch.name, branch.count)?;
+        }
+        Ok(())
+    }
+}
+
+/// Rare branches that a run never took. After a long run this should be empty: a branch that is
+/// never taken is not tested.
+#[must_use]
+pub fn rare_branches_missed(report: &Report) -> Vec<&str> {
+    report.branches.iter().filter(|b| b.count == 0).map(|b| b.name).collect()
+}
+
+/// A broken invariant.
+#[derive(Debug, Clone)]
+pub struct Violation {
+    /// Which one.
+    pub invariant: Invariant,
+    /// Seed of the world that broke it: run alone, with [`Self::ticks`], it does so again.
+    pub seed: u64,
+    /// Ticks to run that world with.
+    pub ticks: u64,
+    /// What was broken on purpose, if anything.
+    pub mutation: Option<Mutation>,
+    /// Tick of the violation within its world.
+    pub tick: u64,
+    /// The page, if there is one.
+    pub page: Option<u64>,
+    /// What was seen.
+    pub detail: String,
+    /// What happened to the page and its sponsors before, oldest first.
+    pub history: Vec<String>,
+}
+
+impl Violation {
+    /// The command that shows the same violation again.
+    #[must_use]
+    pub fn command(&self) -> String {
+        let mut command = format!("heca sim --seed {} --ticks {}", self.seed, self.ticks);
+        if let Some(mutation) = self.mutation {
+            let name = serde_json::to_value(mutation).expect("a mutation is a plain name");
+            command.push_str(" --break ");
+            command.push_str(name.as_str().expect("a mutation is a plain name"));
+        }
+        command
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} is broken: {}", self.invariant.id, self.invariant.text)?;
+        write!(f, "seed {}, tick {}", self.seed, self.tick)?;
+        if let Some(page) = self.page {
+            write!(f, ", page {page:#x}")?;
+        }
+        writeln!(f, ": {}", self.detail)?;
+        writeln!(f, "run again: {}", self.command())?;
+        writeln!(f, "history, by tick:")?;
+        self.history.iter().try_for_each(|line| writeln!(f, "{line}"))
+    }
+}
+
+impl std::error::Error for Violation {}

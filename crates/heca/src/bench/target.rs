@@ -1,0 +1,170 @@
+//! The program that plays the guest: maps a file, touches pages on command, measures each touch.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::Context;
+use hdrhistogram::Histogram;
+use heca_sys::map::SharedMap;
+use heca_types::limits::PAGE_BYTES;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::BenchTargetArguments;
+
+const PAGE_WORDS: usize = PAGE_BYTES / 8;
+
+/// A command to the target, one line of JSON each.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum Order {
+    /// Write the value that belongs to each page of `first..end`, over the whole page.
+    Write { first: usize, end: usize },
+    /// Load a word of `count` different pages of `first..end`, in random order, and compare it
+    /// with what was written (or with zero, if nothing was).
+    Touch { first: usize, end: usize, count: usize, seed: u64, written: bool },
+}
+
+/// Answer to an order.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub(super) struct Measured {
+    pub(super) count: usize,
+    pub(super) wrong: usize,
+    pub(super) seconds: f64,
+    pub(super) p50_us: f64,
+    pub(super) p99_us: f64,
+    pub(super) max_us: f64,
+}
+
+fn value(page: usize, word: usize) -> u64 {
+    ((page * PAGE_WORDS + word) as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+}
+
+/// Pages of a range in random order (Fisher-Yates, xorshift64).
+fn shuffled(first: usize, end: usize, seed: u64) -> Vec<usize> {
+    let mut pages: Vec<usize> = (first..end).collect();
+    let mut state = seed | 1;
+    for i in (1..pages.len()).rev() {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        pages.swap(i, (state % (i as u64 + 1)) as usize);
+    }
+    pages
+}
+
+fn carry_out(map: &SharedMap, order: &Order) -> Measured {
+    let begun = Instant::now();
+    match *order {
+        Order::Write { first, end } => {
+            for page in first..end {
+                for word in 0..PAGE_WORDS {
+                    map.store(page * PAGE_WORDS + word, value(page, word));
+                }
+            }
+            let seconds = begun.elapsed().as_secs_f64();
+            Measured { count: end - first, seconds, ..Measured::default() }
+        }
+        Order::Touch { first, end, count, seed, written } => {
+            let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)
+                .expect("constant bounds are valid");
+            let pages = shuffled(first, end, seed);
+            let mut wrong = 0;
+            for &page in pages.iter().take(count) {
+                let touched = Instant::now();
+                let word = page % PAGE_WORDS;
+                let found = map.load(page * PAGE_WORDS + word);
+                histogram.saturating_record(touched.elapsed().as_nanos() as u64);
+                let expected = if written { value(page, word) } else { 0 };
+                wrong += usize::from(found != expected);
+            }
+            let us = |ns: u64| ns as f64 / 1000.0;
+            Measured {
+                count: count.min(pages.len()),
+                wrong,
+                seconds: begun.elapsed().as_secs_f64(),
+                p50_us: us(histogram.value_at_quantile(0.5)),
+                p99_us: us(histogram.value_at_quantile(0.99)),
+                max_us: us(histogram.max()),
+            }
+        }
+    }
+}
+
+/// The target process: takes orders on standard input until it ends.
+pub fn run(arguments: &BenchTargetArguments) -> anyhow::Result<()> {
+    heca_sys::process::die_with_parent()?;
+    let file = File::options().read(true).write(true).open(&arguments.file)?;
+    let map = SharedMap::new(&file, file.metadata()?.len() as usize)?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "ready")?;
+    out.flush()?;
+    for line in std::io::stdin().lock().lines() {
+        let measured = carry_out(&map, &serde_json::from_str(&line?)?);
+        writeln!(out, "{}", serde_json::to_string(&measured)?)?;
+        out.flush()?;
+    }
+    Ok(())
+}
+
+/// A target process, from the benchmark's side.
+pub(super) struct Target {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Target {
+    pub(super) fn start(file: &Path) -> anyhow::Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg("bench-target")
+            .arg("--file")
+            .arg(file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("start the target")?;
+        let input = child.stdin.take();
+        let output = BufReader::new(child.stdout.take().context("output is piped")?);
+        let mut target = Self { child, input, output };
+        anyhow::ensure!(target.line()?.trim() == "ready", "the target did not start");
+        Ok(target)
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    fn line(&mut self) -> anyhow::Result<String> {
+        let mut line = String::new();
+        anyhow::ensure!(self.output.read_line(&mut line)? > 0, "the target ended");
+        Ok(line)
+    }
+
+    pub(super) fn order(&mut self, order: &Order) -> anyhow::Result<Measured> {
+        let input = self.input.as_mut().context("input is open")?;
+        writeln!(input, "{}", serde_json::to_string(order)?)?;
+        input.flush()?;
+        Ok(serde_json::from_str(&self.line()?)?)
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.input.take();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Processor time of a process, in seconds.
+pub(super) fn process_cpu_s(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some(end) = stat.rfind(')') else { return 0.0 };
+    let fields: Vec<u64> =
+        stat[end + 1..].split_whitespace().map(|f| f.parse().unwrap_or(0)).collect();
+    // User and system time are fields 14 and 15 of the line.
+    let ticks = fields.get(11).unwrap_or(&0) + fields.get(12).unwrap_or(&0);
+    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+}
