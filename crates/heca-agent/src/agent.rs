@@ -102,8 +102,8 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     };
     let vms = VmManager::new(&config)?;
     let agent = Arc::new(Agent { sponsor, vms });
-    let listener = UnixListener::bind(&socket)
-        .with_context(|| format!("listen on {}", socket.display()))?;
+    let listener =
+        UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     let _removed = Removed(socket.clone());
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
     if let Some(address) = &config.metrics {

@@ -292,12 +292,9 @@ fn qemu() -> Vec<Check> {
         Ok(version) if version.major > 7 || (version.major == 7 && version.minor >= 2) => {
             vec![ok(NAME, format!("{version} at {}", path.display()))]
         }
-        Ok(version) => vec![bad(
-            NAME,
-            Severity::Warning,
-            format!("{version}; tested are 7.2 and 10"),
-            install,
-        )],
+        Ok(version) => {
+            vec![bad(NAME, Severity::Warning, format!("{version}; tested are 7.2 and 10"), install)]
+        }
         Err(error) => vec![bad(NAME, Severity::Warning, error.to_string(), install)],
     }
 }

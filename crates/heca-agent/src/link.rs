@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use heca_types::limits::{CONNECT_TIMEOUT_MS, FRAME_PAYLOAD_MAX, SILENCE_TIMEOUT_MS};
 use heca_types::{OwnerId, Status};
 use heca_wire::{
-    Body, DecodeError, HEADER_BYTES, Header, Hello, HelloAck, Kind, Role, VERSION_MAX,
-    VERSION_MIN, decode_body,
+    Body, DecodeError, HEADER_BYTES, Header, Hello, HelloAck, Kind, Role, VERSION_MAX, VERSION_MIN,
+    decode_body,
 };
 use rustix::net::{RecvFlags, SendFlags, sockopt};
 

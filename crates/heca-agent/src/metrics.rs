@@ -64,8 +64,7 @@ impl Text {
         let about = ("gauge", "Local memory that the guest may use.");
         self.add("heca_vm_local_budget_bytes", about, &[domain], bytes(gauges.budget_pages));
         let about = ("gauge", "Faults that wait for local memory or a sponsor.");
-        for (cause, count) in
-            [("frame", gauges.stalled_faults), ("sponsor", gauges.blocked_faults)]
+        for (cause, count) in [("frame", gauges.stalled_faults), ("sponsor", gauges.blocked_faults)]
         {
             self.add("heca_waiting_faults", about, &[domain, ("cause", cause)], count as f64);
         }
@@ -77,8 +76,7 @@ impl Text {
             let labels = [domain, ("sponsor", sponsor.address.as_str())];
             let about = ("gauge", "Whether the pager can reach the sponsor.");
             self.add("heca_sponsor_up", about, &labels, f64::from(u8::from(sponsor.up)));
-            for (direction, count) in
-                [("in", sponsor.bytes_received), ("out", sponsor.bytes_sent)]
+            for (direction, count) in [("in", sponsor.bytes_received), ("out", sponsor.bytes_sent)]
             {
                 let labels = [labels[0], labels[1], ("direction", direction)];
                 let about = ("counter", "Bytes on the wire between pager and sponsor.");

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use heca_core::sponsor::{OpenRequest, Refusal};
-use heca_types::limits::{CONNECTIONS_MAX, CONNECT_TIMEOUT_MS};
+use heca_types::limits::{CONNECT_TIMEOUT_MS, CONNECTIONS_MAX};
 use heca_types::{OwnerId, Status};
 use heca_wire::{
     Body, DecodeError, EntryFlags, Header, HelloAck, Kind, OpenAck, PageEntry, PageList, Role,
@@ -239,11 +239,7 @@ fn serve(
 }
 
 /// The first frame must be a `Hello` with a version that both speak.
-fn greet(
-    link: &mut Link,
-    store: &Store,
-    last: &mut Instant,
-) -> Result<(OwnerId, Role), LinkError> {
+fn greet(link: &mut Link, store: &Store, last: &mut Instant) -> Result<(OwnerId, Role), LinkError> {
     let (header, body) = next_request(link, Duration::ZERO, last)?;
     let Body::Hello(hello) = body else {
         let what = "the first frame of a connection must be a hello";
@@ -317,12 +313,7 @@ impl Connection<'_> {
         Ok(())
     }
 
-    fn pages(
-        &mut self,
-        header: &Header,
-        list: &PageList<'_>,
-        reply: Kind,
-    ) -> Result<(), Refusal> {
+    fn pages(&mut self, header: &Header, list: &PageList<'_>, reply: Kind) -> Result<(), Refusal> {
         self.entries.clear();
         self.data.clear();
         let (store, entries, data) = (self.store, &mut self.entries, &mut self.data);

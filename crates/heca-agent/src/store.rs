@@ -246,13 +246,7 @@ impl Store {
 
     fn pages_file(&self, id: RegionId) -> io::Result<File> {
         let path = self.dir.join(format!("{id}.pages"));
-        File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
+        File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
     }
 
     /// Milliseconds since this store was opened.

@@ -232,8 +232,7 @@ impl VmManager {
             };
             tracing::info!(vm = record.request.name, "took back a running VM");
             *lock(&vm.accel) = record.accel;
-            *lock(&vm.state) =
-                if pager.is_some() { VmState::Running } else { VmState::PagerLost };
+            *lock(&vm.state) = if pager.is_some() { VmState::Running } else { VmState::PagerLost };
             *lock(&vm.qmp) = Qmp::connect(&vm.paths().qmp_socket, QMP_TIMEOUT).ok();
             *lock(&vm.running) = Some(Running { qemu: Arc::new(qemu), pager });
             watch(&vm);
@@ -295,8 +294,10 @@ impl VmManager {
         let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/resize", resize).await;
         answer.map_err(|error| match error {
             heca_api::ClientError::Refused(error) => error,
-            error => ApiError::new("pager-silent", format!("the pager of `{name}` does not answer"))
-                .detail(error.to_string()),
+            error => {
+                ApiError::new("pager-silent", format!("the pager of `{name}` does not answer"))
+                    .detail(error.to_string())
+            }
         })?;
         lock(&vm.request).local = resize.local;
         Ok(())
@@ -326,15 +327,18 @@ impl VmManager {
         *lock(&vm.accel) = format!("{accel:?}").to_lowercase();
         {
             let mut vms = lock(&self.vms);
-            let taken = vms.get(&request.name).is_some_and(|known| {
-                !matches!(*lock(&known.state), VmState::Stopped)
-            });
+            let taken = vms
+                .get(&request.name)
+                .is_some_and(|known| !matches!(*lock(&known.state), VmState::Stopped));
             if taken {
                 return Err(ApiError::new(
                     "name-taken",
                     format!("a VM `{}` exists on this host already", request.name),
                 )
-                .hint(format!("stop it with `heca vm stop {}`, or choose another name", request.name)));
+                .hint(format!(
+                    "stop it with `heca vm stop {}`, or choose another name",
+                    request.name
+                )));
             }
             vms.insert(request.name.clone(), vm.clone());
         }
@@ -546,8 +550,9 @@ fn tail(path: &Path) -> String {
 }
 
 fn start_pager(vm: &Vm, config: &PagerConfig) -> Result<Arc<Process>, ApiError> {
-    let program = std::env::current_exe()
-        .map_err(|error| ApiError::new("io", "cannot find my own program").detail(error.to_string()))?;
+    let program = std::env::current_exe().map_err(|error| {
+        ApiError::new("io", "cannot find my own program").detail(error.to_string())
+    })?;
     let file = vm.dir.join("pager.json");
     let bytes = serde_json::to_vec(config).expect("plain data can be written as JSON");
     fs::write(&file, bytes).map_err(|error| io_error("write", &file, &error))?;

@@ -34,7 +34,9 @@ impl FromStr for SponsorAddress {
             (!host.is_empty()).then(|| port.parse::<u16>().ok()).flatten()
         });
         if port.is_none() {
-            return Err(format!("`{address}` is not a sponsor: write HOST:PORT or HOST:PORT=WEIGHT"));
+            return Err(format!(
+                "`{address}` is not a sponsor: write HOST:PORT or HOST:PORT=WEIGHT"
+            ));
         }
         Ok(Self { address: address.to_owned(), weight })
     }

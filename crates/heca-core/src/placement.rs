@@ -192,10 +192,7 @@ mod tests {
             Layout::spread(1, &[1], 2),
             Err(PlacementError::TooFewSponsors { replicas: 2, sponsors: 1 })
         );
-        assert_eq!(
-            Layout::spread(1, &[1, 0], 1),
-            Err(PlacementError::ZeroWeight { position: 1 })
-        );
+        assert_eq!(Layout::spread(1, &[1, 0], 1), Err(PlacementError::ZeroWeight { position: 1 }));
         assert_eq!(Layout::spread(1, &[1; 17], 1), Err(PlacementError::Sponsors { sponsors: 17 }));
         assert_eq!(Layout::spread(1, &[1; 9], 5), Err(PlacementError::Replicas { replicas: 5 }));
     }

@@ -141,7 +141,6 @@ impl GuestImage {
              mount -t devtmpfs dev /dev\nexec </dev/console >/dev/console 2>&1\n{init}\n"
         );
         self.archive.program("init", script.as_bytes());
-        fs::write(path, self.archive.finish())
-            .with_context(|| format!("write {}", path.display()))
+        fs::write(path, self.archive.finish()).with_context(|| format!("write {}", path.display()))
     }
 }

@@ -51,7 +51,8 @@ pub fn heca_binary() -> anyhow::Result<PathBuf> {
         return Ok(path.into());
     }
     let program = std::env::current_exe()?;
-    let found = program.ancestors().skip(1).take(2).map(|dir| dir.join("heca")).find(|p| p.is_file());
+    let found =
+        program.ancestors().skip(1).take(2).map(|dir| dir.join("heca")).find(|p| p.is_file());
     found.context("no heca program beside this one: run `cargo build` first")
 }
 

@@ -49,8 +49,7 @@ impl Lab {
         fs::create_dir_all(&dir)?;
         fs::create_dir_all(&memory_dir)?;
         // From here on `Drop` takes back what was made.
-        let mut lab =
-            Self { id, dir, memory_dir, namespaces: Vec::new(), hosts: Vec::new() };
+        let mut lab = Self { id, dir, memory_dir, namespaces: Vec::new(), hosts: Vec::new() };
         let hub = lab.namespace("net")?;
         run("ip", &["-n", &hub, "link", "add", "bridge", "type", "bridge"])?;
         run("ip", &["-n", &hub, "link", "set", "bridge", "up"])?;

@@ -59,8 +59,8 @@ fn through_device(tracee: &mut Tracee, pidfd: &OwnedFd) -> io::Result<i32> {
     let device = open_device()?;
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-    let scratch = tracee
-        .syscall(libc::SYS_mmap, [0, SCRATCH_BYTES, protection, flags, u64::MAX, 0])?;
+    let scratch =
+        tracee.syscall(libc::SYS_mmap, [0, SCRATCH_BYTES, protection, flags, u64::MAX, 0])?;
     let mut opened = Vec::new();
     let made = device_fd(tracee, pidfd, &device, scratch, &mut opened);
     for fd in opened {
@@ -128,8 +128,8 @@ pub fn remote_ring(pid: i32) -> io::Result<RemoteRing> {
     let mut tracee = Tracee::stop(pid)?;
     let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-    let scratch = tracee
-        .syscall(libc::SYS_mmap, [0, SCRATCH_BYTES, protection, flags, u64::MAX, 0])?;
+    let scratch =
+        tracee.syscall(libc::SYS_mmap, [0, SCRATCH_BYTES, protection, flags, u64::MAX, 0])?;
     let mut params =
         Params { flags: SETUP_SQPOLL, sq_thread_idle: RING_IDLE_MS, ..Params::default() };
     tracee.write(scratch, params.as_bytes_mut())?;

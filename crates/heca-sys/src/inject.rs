@@ -137,8 +137,7 @@ impl Tracee {
 
 impl Drop for Tracee {
     fn drop(&mut self) {
-        let restored =
-            request(libc::PTRACE_SETREGS, self.pid, 0, &raw const self.saved as u64);
+        let restored = request(libc::PTRACE_SETREGS, self.pid, 0, &raw const self.saved as u64);
         let detached = request(libc::PTRACE_DETACH, self.pid, 0, 0);
         if let Err(error) = restored.and(detached) {
             tracing::debug!(pid = self.pid, %error, "traced process went away");

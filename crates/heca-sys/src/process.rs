@@ -116,10 +116,8 @@ pub fn take_fd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
 /// # Errors
 /// `ENOMEM` or `EPERM` where the memory-lock limit forbids it.
 pub fn lock_memory() -> io::Result<()> {
-    rustix::mm::mlockall(
-        rustix::mm::MlockAllFlags::CURRENT | rustix::mm::MlockAllFlags::FUTURE,
-    )
-    .map_err(Into::into)
+    rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT | rustix::mm::MlockAllFlags::FUTURE)
+        .map_err(Into::into)
 }
 
 /// Has the kernel send this process a signal when its parent ends.

@@ -84,7 +84,6 @@ bitflag_consts! {
     }
 }
 
-
 #[repr(C)]
 struct ApiArg {
     api: u64,
@@ -219,9 +218,8 @@ impl Userfaultfd {
     /// `EPERM` without `CAP_SYS_PTRACE`, `ENOSYS` on a kernel without it.
     pub fn of_this_process() -> io::Result<Self> {
         // SAFETY: the system call takes only flags; a non-negative result is a new descriptor.
-        let fd = unsafe {
-            libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK)
-        };
+        let fd =
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -262,8 +260,7 @@ impl Userfaultfd {
     /// `EINVAL` for memory that userfaultfd cannot watch (not tmpfs), `EBUSY` for memory that
     /// another userfaultfd watches.
     pub fn register(&self, start: u64, len: u64, modes: Modes) -> io::Result<()> {
-        let mut argument =
-            RegisterArg { range: RangeArg { start, len }, mode: modes.0, ioctls: 0 };
+        let mut argument = RegisterArg { range: RangeArg { start, len }, mode: modes.0, ioctls: 0 };
         self.ioctl(ioc(IOWR, 0x00, size_of::<RegisterArg>()), &mut argument)
     }
 
@@ -355,11 +352,7 @@ impl Userfaultfd {
             heca_types::limits::FAULT_BATCH];
         // SAFETY: the buffer is valid for its size, and `Message` has no invalid bit patterns.
         let bytes = unsafe {
-            libc::read(
-                self.fd.as_raw_fd(),
-                messages.as_mut_ptr().cast(),
-                size_of_val(&messages),
-            )
+            libc::read(self.fd.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages))
         };
         if bytes < 0 {
             let error = io::Error::last_os_error();

@@ -82,9 +82,7 @@ pub enum HostError {
 pub fn find_qemu(explicit: Option<&Path>) -> Result<PathBuf, HostError> {
     match explicit {
         Some(path) if is_executable(path) => Ok(path.to_owned()),
-        Some(path) => Err(HostError::NotExecutable {
-            path: path.to_owned(),
-        }),
+        Some(path) => Err(HostError::NotExecutable { path: path.to_owned() }),
         None => search(&env::var_os("PATH").unwrap_or_default()).ok_or(HostError::QemuNotFound),
     }
 }
@@ -107,10 +105,7 @@ pub fn qemu_version(path: &Path) -> Result<QemuVersion, HostError> {
         .arg("--version")
         .stdin(Stdio::null())
         .output()
-        .map_err(|source| HostError::Run {
-            path: path.to_owned(),
-            source,
-        })?;
+        .map_err(|source| HostError::Run { path: path.to_owned(), source })?;
     let text = String::from_utf8_lossy(&output.stdout);
     QemuVersion::from_banner(&text).ok_or_else(|| HostError::Version {
         path: path.to_owned(),
@@ -131,9 +126,9 @@ fn device_usable(path: &Path) -> Result<(), String> {
             "{shown} does not exist: load the kvm module and switch on virtualisation in the \
              firmware, or nested virtualisation if this is itself a virtual machine"
         )),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(format!(
-            "{shown} may not be opened by this user: add the user to group kvm"
-        )),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(format!("{shown} may not be opened by this user: add the user to group kvm"))
+        }
         Err(error) => Err(format!("{shown} cannot be opened: {error}")),
     }
 }
@@ -179,9 +174,7 @@ fn cpu_virtualises(cpuinfo: &str) -> bool {
         return true;
     }
     let flags = cpuinfo.lines().filter(|line| line.starts_with("flags"));
-    flags
-        .flat_map(str::split_whitespace)
-        .any(|flag| flag == "vmx" || flag == "svm")
+    flags.flat_map(str::split_whitespace).any(|flag| flag == "vmx" || flag == "svm")
 }
 
 #[cfg(test)]
@@ -206,11 +199,7 @@ mod tests {
         assert_eq!(find_qemu(Some(&found)).unwrap(), found);
         let error = find_qemu(Some(empty.path())).unwrap_err().to_string();
         assert!(error.contains("apt-get install qemu-system-"), "{error}");
-        assert!(
-            HostError::QemuNotFound
-                .to_string()
-                .contains("apt-get install qemu-system-")
-        );
+        assert!(HostError::QemuNotFound.to_string().contains("apt-get install qemu-system-"));
     }
 
     #[test]
@@ -250,8 +239,6 @@ mod tests {
     fn processor_flags_are_whole_words() {
         assert!(cpu_virtualises("processor: 0\nflags\t\t: fpu vmx sse\n"));
         assert!(cpu_virtualises("flags : svm"));
-        assert!(!cpu_virtualises(
-            "flags : svm_lock avx\nvmx flags : vnmi\nbugs : svm"
-        ));
+        assert!(!cpu_virtualises("flags : svm_lock avx\nvmx flags : vnmi\nbugs : svm"));
     }
 }

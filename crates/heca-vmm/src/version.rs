@@ -20,9 +20,7 @@ impl QemuVersion {
     #[must_use]
     pub fn from_banner(text: &str) -> Option<Self> {
         let (_, rest) = text.split_once("version ")?;
-        let word = rest
-            .split(|c: char| !c.is_ascii_digit() && c != '.')
-            .next()?;
+        let word = rest.split(|c: char| !c.is_ascii_digit() && c != '.').next()?;
         let mut numbers = word.split('.');
         let major = numbers.next()?.parse().ok()?;
         let minor = numbers.next()?.parse().ok()?;
@@ -30,11 +28,7 @@ impl QemuVersion {
             Some(number) => number.parse().ok()?,
             None => 0,
         };
-        Some(Self {
-            major,
-            minor,
-            micro,
-        })
+        Some(Self { major, minor, micro })
     }
 }
 
@@ -51,15 +45,9 @@ mod tests {
     #[test]
     fn banners_of_real_builds_parse() {
         for (text, expected) in [
-            (
-                "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright",
-                "7.2.22",
-            ),
+            ("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright", "7.2.22"),
             ("QEMU emulator version 10.0.13", "10.0.13"),
-            (
-                "QEMU emulator version 9.1.50-rc1 (v9.1.0-123-gabc)",
-                "9.1.50",
-            ),
+            ("QEMU emulator version 9.1.50-rc1 (v9.1.0-123-gabc)", "9.1.50"),
             ("QEMU emulator version 11.0", "11.0.0"),
         ] {
             let version = QemuVersion::from_banner(text).expect(text);
@@ -69,13 +57,7 @@ mod tests {
 
     #[test]
     fn other_text_is_no_version() {
-        for text in [
-            "",
-            "version ",
-            "version x.y",
-            "bash 5.2",
-            "version 99999999999.1.1",
-        ] {
+        for text in ["", "version ", "version x.y", "bash 5.2", "version 99999999999.1.1"] {
             assert_eq!(QemuVersion::from_banner(text), None, "{text}");
         }
     }

@@ -26,27 +26,18 @@ impl Drop for Guard {
 }
 
 fn host_kernel() -> Option<PathBuf> {
-    let files = fs::read_dir("/boot")
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path());
+    let files = fs::read_dir("/boot").ok()?.flatten().map(|entry| entry.path());
     let is_kernel = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with("vmlinuz-") && name.ends_with("-cloud-amd64")
     };
-    files
-        .filter(is_kernel)
-        .find(|path| fs::File::open(path).is_ok())
+    files.filter(is_kernel).find(|path| fs::File::open(path).is_ok())
 }
 
 fn wait_for_exit(child: &mut Child) -> bool {
     let deadline = Instant::now() + Duration::from_secs(20);
     while Instant::now() < deadline {
-        if child
-            .try_wait()
-            .expect("the child has not been waited for")
-            .is_some()
-        {
+        if child.try_wait().expect("the child has not been waited for").is_some() {
             return true;
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -70,10 +61,7 @@ fn a_paused_machine_answers_and_quits() {
         return;
     };
     // Commas and colons in names exercise the escaping with a real parser.
-    let directory = tempfile::Builder::new()
-        .prefix("vmm,test:")
-        .tempdir()
-        .unwrap();
+    let directory = tempfile::Builder::new().prefix("vmm,test:").tempdir().unwrap();
     let disk = directory.path().join("disk,0.img");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let initrd = directory.path().join("initrd,a:b");
@@ -84,10 +72,7 @@ fn a_paused_machine_answers_and_quits() {
         memory: ByteSize(64 << 20),
         vcpus: 2,
         accel: Accel::Tcg,
-        boot: Boot::Kernel {
-            kernel,
-            initrd: Some(initrd),
-        },
+        boot: Boot::Kernel { kernel, initrd: Some(initrd) },
         append: "console=ttyS0".to_owned(),
         disks: vec![disk],
         network: Network::User,
@@ -99,21 +84,13 @@ fn a_paused_machine_answers_and_quits() {
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
-    let mut guard = Guard {
-        child,
-        ram_file: paths.ram_file.clone(),
-    };
+    let mut guard = Guard { child, ram_file: paths.ram_file.clone() };
 
     let mut qmp = Qmp::connect(&paths.qmp_socket, Duration::from_secs(30)).unwrap();
     assert_eq!(qmp.query_status().unwrap(), "prelaunch");
     assert_eq!(qmp.query_version().unwrap(), qemu_version(&qemu).unwrap());
-    let backends = qmp
-        .execute("query-memdev", serde_json::Value::Null)
-        .unwrap();
-    assert_eq!(
-        (&backends[0]["id"], &backends[0]["share"]),
-        (&"pc.ram".into(), &true.into())
-    );
+    let backends = qmp.execute("query-memdev", serde_json::Value::Null).unwrap();
+    assert_eq!((&backends[0]["id"], &backends[0]["share"]), (&"pc.ram".into(), &true.into()));
     assert_eq!(backends[0]["size"], spec.memory.0);
     assert_eq!(fs::metadata(&paths.ram_file).unwrap().len(), spec.memory.0);
     assert!(paths.console_log.exists() && paths.console_socket.exists());
@@ -124,8 +101,5 @@ fn a_paused_machine_answers_and_quits() {
     assert_eq!(screen_qemu_arguments(&split_cmdline(&cmdline)), []);
 
     qmp.quit().unwrap();
-    assert!(
-        wait_for_exit(&mut guard.child),
-        "qemu did not end after quit"
-    );
+    assert!(wait_for_exit(&mut guard.child), "qemu did not end after quit");
 }

@@ -26,7 +26,9 @@ pub fn frames(mut stream: &[u8]) {
                 assert!(list.entries().len() <= FRAME_PAGES_MAX);
                 let mut data = Vec::new();
                 for (entry, bytes) in list.iter() {
-                    assert!(bytes.is_none_or(|b| b.len() == PAGE_BYTES && entry.flags().has_data()));
+                    assert!(
+                        bytes.is_none_or(|b| b.len() == PAGE_BYTES && entry.flags().has_data())
+                    );
                     data.extend_from_slice(bytes.unwrap_or_default());
                 }
                 let mut again = Vec::new();

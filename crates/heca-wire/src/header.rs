@@ -257,8 +257,8 @@ impl Header {
         if raw.checksum.get() != computed {
             return Err(DecodeError::HeaderChecksum { found: raw.checksum.get(), computed });
         }
-        let kind = Kind::from_code(raw.kind.get())
-            .ok_or(DecodeError::Kind { code: raw.kind.get() })?;
+        let kind =
+            Kind::from_code(raw.kind.get()).ok_or(DecodeError::Kind { code: raw.kind.get() })?;
         let status = Status::from_code(raw.status.get())
             .ok_or(DecodeError::Status { code: raw.status.get() })?;
         if raw.flags.get() != 0 || raw.reserved.get() != 0 {

@@ -21,8 +21,7 @@ mod header;
 
 pub use body::{
     Body, EntryFlags, Hello, HelloAck, Open, OpenAck, OpenRequest, PageEntry, PageList, Role,
-    decode_body, encode_open, encode_pages,
-    encode_pages_parts,
+    decode_body, encode_open, encode_pages, encode_pages_parts,
 };
 pub use checksum::{is_zero_page, page_checksum};
 pub use header::{DecodeError, HEADER_BYTES, Header, Kind, MAGIC, VERSION_MAX, VERSION_MIN};

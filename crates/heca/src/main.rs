@@ -16,11 +16,8 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let default = if matches!(cli.command, Command::Agent(_) | Command::Pager(_)) {
-        "info"
-    } else {
-        "warn"
-    };
+    let default =
+        if matches!(cli.command, Command::Agent(_) | Command::Pager(_)) { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("HECA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -52,8 +49,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             heca_agent::pager::serve(&config, &arguments.socket, &arguments.last)?;
         }
         Command::Vm(arguments) => {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             return runtime.block_on(vm::run(arguments));
         }
         Command::Attach(arguments) => return attach::run(&arguments),

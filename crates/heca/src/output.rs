@@ -15,9 +15,8 @@ pub fn print_error(error: &anyhow::Error) {
     for cause in error.chain().skip(1) {
         eprintln!("  caused by: {cause}");
     }
-    let api = error
-        .downcast_ref::<ApiError>()
-        .or_else(|| match error.downcast_ref::<ClientError>() {
+    let api =
+        error.downcast_ref::<ApiError>().or_else(|| match error.downcast_ref::<ClientError>() {
             Some(ClientError::Refused(api)) => Some(api),
             _ => None,
         });

@@ -39,7 +39,10 @@ pub async fn run(arguments: VmArguments) -> anyhow::Result<ExitCode> {
         VmCommand::Console { name } => {
             let info: VmInfo = client.get(&format!("/v1/vms/{name}")).await?;
             if info.state == VmState::Stopped {
-                anyhow::bail!("{name} is stopped; its console's log: {}", info.console_log.display());
+                anyhow::bail!(
+                    "{name} is stopped; its console's log: {}",
+                    info.console_log.display()
+                );
             }
             console(&info.console)?;
         }

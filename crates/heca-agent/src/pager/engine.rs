@@ -40,8 +40,14 @@ pub(super) enum Message {
     Event(Event),
     /// In order; from the evictor.
     Events(Vec<Event>),
-    LinkLost { sponsor: u8, reason: String },
-    LinksUp { sponsor: u8, lanes: Box<Lanes> },
+    LinkLost {
+        sponsor: u8,
+        reason: String,
+    },
+    LinksUp {
+        sponsor: u8,
+        lanes: Box<Lanes>,
+    },
     Stats(Sender<PagerStats>),
     IsRestored(Sender<bool>),
     Stop,

@@ -106,22 +106,10 @@ impl ReadLane {
                     }
                 }
                 Body::Error(text) => {
-                    tracing::warn!(status = %header.status, "sponsor refused to read: {text}");
-                    let mut refused = false;
-                    while let Some(asked) = self
-                        .in_flight
-                        .front()
-                        .copied()
-                        .filter(|asked| asked.request == header.request)
-                    {
-                        self.in_flight.pop_front();
-                        refused = true;
-                        take(asked, Err(FetchError::Refused));
-                    }
-                    if !refused || is_final(header.status) {
-                        let text = text.to_owned();
-                        return Err(LinkError::Refused { status: header.status, text });
-                    }
+                    // What was asked counts as lost with the connection: another replica, or the
+                    // same sponsor after it opened the region again, may have it.
+                    let text = text.to_owned();
+                    return Err(LinkError::Refused { status: header.status, text });
                 }
                 _ => return Err(LinkError::Unexpected { found: header.kind }),
             }

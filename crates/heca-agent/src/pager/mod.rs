@@ -101,10 +101,7 @@ pub fn check_budget(local: ByteSize) -> Result<u64, ApiError> {
             "budget-too-small",
             format!("a local budget of {local} is too small"),
         )
-        .hint(format!(
-            "give at least {}",
-            ByteSize(BUDGET_PAGES_MIN * PAGE_BYTES as u64)
-        )));
+        .hint(format!("give at least {}", ByteSize(BUDGET_PAGES_MIN * PAGE_BYTES as u64))));
     }
     Ok(pages)
 }
@@ -132,8 +129,18 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
 
     let (remote, lanes) = Remote::connect(config, &layout)?;
     match attach_and_run(Setup {
-        config, target, layout, features, unmapper, method, protection, ram, lanes,
-        remote: remote.clone(), budget_pages, pages,
+        config,
+        target,
+        layout,
+        features,
+        unmapper,
+        method,
+        protection,
+        ram,
+        lanes,
+        remote: remote.clone(),
+        budget_pages,
+        pages,
     }) {
         Ok(handle) => Ok(handle),
         Err(error) => {
@@ -278,8 +285,10 @@ fn attach_error(config: &PagerConfig, error: &std::io::Error) -> ApiError {
         heca_sys::process::command_name(config.pid)
     );
     let hint = match error.raw_os_error() {
-        Some(1) => "run as root, and detach any debugger from the process (a process has one \
-                    tracer at a time); `heca doctor` checks the rest",
+        Some(1) => {
+            "run as root, and detach any debugger from the process (a process has one \
+                    tracer at a time); `heca doctor` checks the rest"
+        }
         Some(3) => "the process ended; start it again",
         _ => "run `heca doctor`",
     };
@@ -390,7 +399,10 @@ impl PagerHandle {
     ///
     /// # Errors
     /// The attempt was ended, or pages could not be brought back.
-    pub fn detach(self, mut progress: impl FnMut(u64) -> bool) -> Result<PagerStats, (Self, String)> {
+    pub fn detach(
+        self,
+        mut progress: impl FnMut(u64) -> bool,
+    ) -> Result<PagerStats, (Self, String)> {
         self.send(Message::Event(heca_core::pager::Event::Restore));
         let begun = Instant::now();
         let stats = loop {
@@ -425,9 +437,7 @@ impl PagerHandle {
 
 /// The process that is paged.
 pub(crate) fn pidfd_has_ended(pidfd: &OwnedFd) -> bool {
-    let mut fds = [rustix::event::PollFd::from_borrowed_fd(
-        pidfd.as_fd(),
-        rustix::event::PollFlags::IN,
-    )];
+    let mut fds =
+        [rustix::event::PollFd::from_borrowed_fd(pidfd.as_fd(), rustix::event::PollFlags::IN)];
     matches!(rustix::event::poll(&mut fds, Some(&rustix::time::Timespec::default())), Ok(1))
 }

@@ -54,18 +54,22 @@ pub(super) fn find_target(pid: i32, path: &Path) -> Result<Target, ApiError> {
             .detail(error.to_string())
             .hint("check the process id, and run as root")
     })?;
-    let mut target =
-        Target { pid, base: 0, len: 0, device: metadata.dev(), inode: metadata.ino() };
+    let mut target = Target { pid, base: 0, len: 0, device: metadata.dev(), inode: metadata.ino() };
     let own: Vec<&Mapping> = all.iter().filter(|map| target.is_of(map)).collect();
     let name = process::command_name(pid);
     let Some(first) = own.first() else {
-        return Err(ApiError::new("not-mapped", format!("process {pid} ({name}) does not map {shown}"))
-            .hint(SHARED_HINT));
+        return Err(ApiError::new(
+            "not-mapped",
+            format!("process {pid} ({name}) does not map {shown}"),
+        )
+        .hint(SHARED_HINT));
     };
     if own.iter().any(|map| !map.shared) {
         return Err(ApiError::new(
             "not-shared",
-            format!("process {pid} ({name}) maps {shown} privately; its writes never reach the file"),
+            format!(
+                "process {pid} ({name}) maps {shown} privately; its writes never reach the file"
+            ),
         )
         .hint(SHARED_HINT));
     }
@@ -100,11 +104,15 @@ pub(super) fn refuse_second_mapper(target: &Target) -> Result<(), ApiError> {
             let name = process::command_name(pid);
             return Err(ApiError::new(
                 "second-mapper",
-                format!("process {pid} ({name}) maps the same memory: it would read pages that \
-                         are on sponsors as zeros"),
+                format!(
+                    "process {pid} ({name}) maps the same memory: it would read pages that \
+                         are on sponsors as zeros"
+                ),
             )
-            .hint(format!("end process {pid}; vhost-user devices and virtiofs cannot be used with \
-                           remote memory")));
+            .hint(format!(
+                "end process {pid}; vhost-user devices and virtiofs cannot be used with \
+                           remote memory"
+            )));
         }
     }
     Ok(())
@@ -140,8 +148,10 @@ fn check_tmpfs(path: &Path) -> Result<(), ApiError> {
     if let Some(value) = huge_option(path) {
         return Err(ApiError::new(
             "huge-tmpfs",
-            format!("the tmpfs of {shown} is mounted with huge={value}: dropping one page would \
-                     split huge pages and read as zeros around it"),
+            format!(
+                "the tmpfs of {shown} is mounted with huge={value}: dropping one page would \
+                     split huge pages and read as zeros around it"
+            ),
         )
         .hint("use a tmpfs mounted with huge=never (the default), such as /dev/shm"));
     }

@@ -320,11 +320,10 @@ fn sponsor_error(peer: &Peer, error: &LinkError) -> ApiError {
             format!("sponsor {} refuses the region: {text}", peer.address),
         )
         .detail(status.to_string()),
-        error => ApiError::new(
-            "sponsor-unreachable",
-            format!("sponsor {} cannot be used", peer.address),
-        )
-        .detail(chain(error))
-        .hint("check that an agent with --offer runs there and that the address is right"),
+        error => {
+            ApiError::new("sponsor-unreachable", format!("sponsor {} cannot be used", peer.address))
+                .detail(chain(error))
+                .hint("check that an agent with --offer runs there and that the address is right")
+        }
     }
 }

@@ -97,10 +97,7 @@ fn run_server(handle: &Shared, socket: &Path) -> std::io::Result<()> {
 
 async fn current(handle: Shared) -> Result<PagerStats, Failure> {
     let stats = tokio::task::spawn_blocking(move || handle.stats()).await;
-    stats
-        .ok()
-        .flatten()
-        .ok_or_else(|| ApiError::new("pager-ended", "the pager is ending").into())
+    stats.ok().flatten().ok_or_else(|| ApiError::new("pager-ended", "the pager is ending").into())
 }
 
 async fn stats(State(handle): State<Shared>) -> Result<Json<PagerStats>, Failure> {

@@ -25,7 +25,8 @@ impl Pager {
     /// Keeps free frames between the water marks: drops standby pages when free frames are few,
     /// and unmaps further pages when free and standby frames together are few.
     pub(super) fn balance(&mut self, out: &mut Vec<Action>) {
-        let free = self.free_frames() + self.punching as i64;
+        let usable = if self.starved { 0 } else { self.free_frames() };
+        let free = usable + self.punching as i64;
         if free < self.reserve_low() as i64 {
             let missing = (self.reserve_high() as i64 - free).clamp(0, EVICT_BATCH_PAGES as i64);
             for _ in 0..missing {
@@ -194,6 +195,7 @@ impl Pager {
             }
             return;
         }
+        self.starved = false;
         self.counters.punched_pages += 1;
         self.frames -= 1;
         self.drop_to_remote(page, p.has(ZERO));

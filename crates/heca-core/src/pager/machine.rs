@@ -82,6 +82,8 @@ pub struct Pager {
     restore_next: Option<u64>,
     pub(super) counters: Counters,
     owner_gone: bool,
+    /// The kernel had no memory: nothing is brought until a page was dropped or time passed.
+    pub(super) starved: bool,
 }
 
 impl Pager {
@@ -116,6 +118,7 @@ impl Pager {
             restore_next: None,
             counters: Counters::default(),
             owner_gone: false,
+            starved: false,
             config,
         }
     }
@@ -170,6 +173,7 @@ impl Pager {
             && self.prefetching == 0
             && self.punching + self.storing + self.unmapping == 0
             && self.stalled.len() + self.blocked.len() == 0
+            && self.active.len() + self.standby.len() == self.frames
             && self.frames + self.untouched + self.poisoned == self.config.pages
     }
 
@@ -205,7 +209,7 @@ impl Pager {
                 self.config.budget_pages = u64::MAX / 4;
                 self.restore_next = Some(0);
             }
-            Event::Tick => {}
+            Event::Tick => self.starved = false,
         }
         if self.owner_gone {
             out.clear();
@@ -271,7 +275,7 @@ impl Pager {
     /// A fault on a page that is not local.
     fn want(&mut self, page: PageIndex, out: &mut Vec<Action>) {
         self.page(page).flags |= WANTED;
-        if self.stalled.len() > 0 || !self.may_take_frame() {
+        if self.stalled.len() > 0 || self.starved || !self.may_take_frame() {
             self.counters.faults_stalled += 1;
             self.stalled.push(&mut self.links, page.0);
             return;
@@ -337,7 +341,7 @@ impl Pager {
             return;
         }
         self.give_up_fetch(page);
-        if !p.has(WANTED) {
+        if !p.has(WANTED) && (self.restore_next.is_none() || failed != set.all()) {
             return;
         }
         if failed == set.all() {
@@ -361,9 +365,15 @@ impl Pager {
         bits.filter(|&(_, &s)| self.up >> s & 1 == 1).fold(0, |mask, (i, _)| mask | 1 << i)
     }
 
-    /// Replicas that a write must reach: up, and without a gap.
+    /// Replicas that a write must reach: those up and without a gap. If there are none, all that
+    /// are up: a copy on a replica with gaps is as good as any for the page itself, as every read
+    /// names its version, and eviction must go on.
     pub(super) fn live_mask(&self, page: PageIndex) -> u8 {
-        self.up_mask(page) & !self.stale[page.extent().0 as usize]
+        let up = self.up_mask(page);
+        match up & !self.stale[page.extent().0 as usize] {
+            0 => up,
+            without_gap => without_gap,
+        }
     }
 
     /// A fetch ended without a page: its frame is free, the page is remote.
@@ -412,8 +422,12 @@ impl Pager {
             self.page(page).fetch |= 1 << (4 + replica);
         }
         if p.has(PREFETCHED) && !p.has(WANTED) {
-            // Nobody waits: a later fault tries again with all replicas.
-            self.give_up_fetch(page);
+            if self.restore_next.is_some() {
+                self.ask(page, FetchClass::Prefetch, out);
+            } else {
+                // Nobody waits: a later fault tries again with all replicas.
+                self.give_up_fetch(page);
+            }
             return;
         }
         self.counters.fetch_retries += 1;
@@ -448,11 +462,19 @@ impl Pager {
             InstallResult::NoMemory => self.counters.install_no_memory += 1,
             InstallResult::Ok | InstallResult::Hole => {}
         }
+        if result == InstallResult::Again && self.page(page).state == State::Unmapping {
+            // The step that ordered this also chose the page as a victim. To try again now would
+            // undo the unmapping behind the evictor's back: let the attempt be void.
+            self.counters.cancelled_unmapping += 1;
+            self.make_resident(page, DIRTY);
+        }
         match what {
             Install::Copy | Install::Fill | Install::Zero => self.filled(page, what, result, out),
             Install::Continue => match result {
                 InstallResult::Exists => out.push(Action::Wake { page }),
-                InstallResult::Again | InstallResult::NoMemory => {
+                // They fault again: other events, which may free memory, come first.
+                InstallResult::NoMemory => out.push(Action::Wake { page }),
+                InstallResult::Again => {
                     let protect = false;
                     self.page(page).flags |= DIRTY;
                     out.push(Action::Continue { page, protect });
@@ -461,7 +483,12 @@ impl Pager {
                     // Nobody but the owner frees pages in this state: it discarded the page
                     // (a balloon does), and expects zeros.
                     self.counters.owner_discards += 1;
-                    self.page(page).flags |= DIRTY;
+                    if self.page(page).state == State::Resident {
+                        self.active.remove(&mut self.links, page.0);
+                    }
+                    let p = self.page(page);
+                    p.state = State::Fetching;
+                    p.flags = WANTED;
                     out.push(Action::Zero { page });
                 }
                 InstallResult::Ok | InstallResult::Gone => {}
@@ -483,15 +510,6 @@ impl Pager {
         out: &mut Vec<Action>,
     ) {
         let p = *self.page(page);
-        if p.state != State::Fetching {
-            // `Zero` after `Hole`: the page is resident already.
-            match result {
-                InstallResult::Exists => out.push(Action::Continue { page, protect: false }),
-                InstallResult::Again | InstallResult::NoMemory => out.push(Action::Zero { page }),
-                _ => {}
-            }
-            return;
-        }
         match result {
             InstallResult::Again if what == Install::Zero => out.push(Action::Zero { page }),
             InstallResult::Again => {
@@ -519,6 +537,7 @@ impl Pager {
 
     /// The kernel had no memory for a page: wait for eviction to make room.
     fn no_memory(&mut self, page: PageIndex, what: Install) {
+        self.starved = true;
         let wanted = self.page(page).has(WANTED);
         if what == Install::Zero {
             self.page(page).state = State::Untouched;
@@ -602,7 +621,8 @@ impl Pager {
 
     fn prefetch(&mut self, page: PageIndex, out: &mut Vec<Action>) {
         let p = *self.page(page);
-        let room = self.free_frames() > self.reserve_low() as i64
+        let room = !self.starved
+            && self.free_frames() > self.reserve_low() as i64
             && self.prefetching < PREFETCH_PAGES_IN_FLIGHT_MAX as u64;
         if p.state == State::Remote && !p.has(WANTED) && room && self.up_mask(page) != 0 {
             self.start_fetch(page, FetchClass::Prefetch, out);
@@ -610,7 +630,7 @@ impl Pager {
     }
 
     fn serve_stalled(&mut self, out: &mut Vec<Action>) {
-        while self.stalled.len() > 0 && self.may_take_frame() {
+        while self.stalled.len() > 0 && !self.starved && self.may_take_frame() {
             let Some(page) = self.stalled.pop(&mut self.links) else { return };
             let before = self.stalled.len();
             self.bring(PageIndex(page), out);

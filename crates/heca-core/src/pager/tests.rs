@@ -77,7 +77,9 @@ impl World {
             }
             let gauges = self.pager.gauges();
             assert_eq!(
-                gauges.local_pages + gauges.remote_pages + gauges.untouched_pages
+                gauges.local_pages
+                    + gauges.remote_pages
+                    + gauges.untouched_pages
                     + gauges.poisoned_pages,
                 PAGES
             );

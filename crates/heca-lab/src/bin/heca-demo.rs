@@ -105,9 +105,25 @@ fn demo(interrupted: &AtomicBool) -> anyhow::Result<bool> {
     print!(
         "{}",
         host.heca_ok(&[
-            "vm", "run", "demo", "--memory", MEMORY, "--local", LOCAL, "--replicas", "2",
-            "--sponsor", &second, "--sponsor", &third, "--kernel", &kernel, "--initrd", &initrd,
-            "--append", "console=ttyS0 quiet panic=-1",
+            "vm",
+            "run",
+            "demo",
+            "--memory",
+            MEMORY,
+            "--local",
+            LOCAL,
+            "--replicas",
+            "2",
+            "--sponsor",
+            &second,
+            "--sponsor",
+            &third,
+            "--kernel",
+            &kernel,
+            "--initrd",
+            &initrd,
+            "--append",
+            "console=ttyS0 quiet panic=-1",
         ])?
     );
     let (info, console) = follow(host, interrupted)?;
@@ -132,10 +148,7 @@ fn demo(interrupted: &AtomicBool) -> anyhow::Result<bool> {
 }
 
 /// Shows figures and the guest's words until the guest ends.
-fn follow(
-    host: &heca_lab::Host,
-    interrupted: &AtomicBool,
-) -> anyhow::Result<(VmInfo, String)> {
+fn follow(host: &heca_lab::Host, interrupted: &AtomicBool) -> anyhow::Result<(VmInfo, String)> {
     let deadline = Instant::now() + TIMEOUT;
     let mut shown = 0;
     loop {
@@ -159,7 +172,10 @@ fn follow(
             VmState::Starting | VmState::Running => {}
         }
         anyhow::ensure!(!interrupted.load(Ordering::Relaxed), "interrupted");
-        anyhow::ensure!(Instant::now() < deadline, "the guest does not finish; console:\n{console}");
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "the guest does not finish; console:\n{console}"
+        );
         std::thread::sleep(Duration::from_secs(1));
     }
 }

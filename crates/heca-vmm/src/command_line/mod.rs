@@ -105,16 +105,10 @@ pub struct VmPaths {
 #[must_use]
 pub fn qemu_arguments(spec: &VmSpec, paths: &VmPaths) -> Vec<String> {
     let mut line = Line::default();
-    line.option(
-        "-name",
-        format!("guest=heca-{},debug-threads=on", escape(&spec.name)),
-    );
+    line.option("-name", format!("guest=heca-{},debug-threads=on", escape(&spec.name)));
     line.flags(&["-S", "-nodefaults", "-no-user-config"]);
     line.option("-display", "none");
-    line.option(
-        "-machine",
-        format!("{MACHINE},memory-backend={RAM_ID},usb=off"),
-    );
+    line.option("-machine", format!("{MACHINE},memory-backend={RAM_ID},usb=off"));
     let (accel, cpu) = match spec.accel {
         Accel::Kvm => ("kvm", "host"),
         Accel::Tcg => ("tcg,thread=multi", "max"),
@@ -132,10 +126,7 @@ pub fn qemu_arguments(spec: &VmSpec, paths: &VmPaths) -> Vec<String> {
         ),
     );
     line.option("-smp", spec.vcpus.to_string());
-    line.option(
-        "-qmp",
-        format!("unix:{},server=on,wait=off", escape_path(&paths.qmp_socket)),
-    );
+    line.option("-qmp", format!("unix:{},server=on,wait=off", escape_path(&paths.qmp_socket)));
     line.option(
         "-chardev",
         format!(
@@ -168,9 +159,7 @@ pub fn qemu_arguments(spec: &VmSpec, paths: &VmPaths) -> Vec<String> {
 /// A disk goes through the host's page cache: a direct transfer that is in flight into a page while
 /// it is evicted would be lost without a trace.
 fn drive(disk: &Path) -> String {
-    let qcow2 = disk
-        .extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("qcow2"));
+    let qcow2 = disk.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("qcow2"));
     let format = if qcow2 { "qcow2" } else { "raw" };
     // QEMU reads `a:b` as protocol a, unless a slash comes first.
     let here = if disk.is_relative() { "./" } else { "" };
@@ -194,8 +183,7 @@ struct Line {
 
 impl Line {
     fn flags(&mut self, names: &[&str]) {
-        self.arguments
-            .extend(names.iter().map(|&name| name.to_owned()));
+        self.arguments.extend(names.iter().map(|&name| name.to_owned()));
     }
 
     fn option(&mut self, name: &str, value: impl Into<String>) {

@@ -11,10 +11,7 @@ fn spec() -> VmSpec {
         memory: ByteSize(512 << 20),
         vcpus: 2,
         accel: Accel::Tcg,
-        boot: Boot::Kernel {
-            kernel: "/proc/self/exe".into(),
-            initrd: None,
-        },
+        boot: Boot::Kernel { kernel: "/proc/self/exe".into(), initrd: None },
         append: "console=ttyS0 quiet".to_owned(),
         disks: Vec::new(),
         network: Network::None,
@@ -42,10 +39,7 @@ fn the_whole_line_of_a_kernel_guest() {
          path=/run/heca/a1/console,server=on,wait=off,logfile=/var/log/heca/a1,,b.log,logappend=on",
         "-serial chardev:console -kernel /proc/self/exe -append console=ttyS0 quiet",
     ];
-    assert_eq!(
-        qemu_arguments(&spec(), &paths()).join(" "),
-        expected.join(" ")
-    );
+    assert_eq!(qemu_arguments(&spec(), &paths()).join(" "), expected.join(" "));
 }
 
 #[test]
@@ -63,10 +57,7 @@ fn disks_are_buffered_and_their_names_escaped() {
                -nic user,model=virtio-net-pci -incoming defer";
     assert!(line.ends_with(end), "{line}");
     assert!(line.contains("-accel kvm -cpu host"), "{line}");
-    assert!(
-        !line.contains("-kernel") && !line.contains("-append"),
-        "{line}"
-    );
+    assert!(!line.contains("-kernel") && !line.contains("-append"), "{line}");
 }
 
 #[test]
@@ -80,57 +71,21 @@ fn what_is_built_passes_the_screen() {
 
 #[test]
 fn bad_values_are_refused() {
-    for name in [
-        "",
-        "-a",
-        ".a",
-        "a b",
-        "a,b",
-        "a/b",
-        "\u{e9}",
-        &"a".repeat(64),
-    ] {
-        let spec = VmSpec {
-            name: name.to_owned(),
-            ..spec()
-        };
-        assert!(
-            matches!(validate(&spec), Err(SpecError::Name { .. })),
-            "{name}"
-        );
+    for name in ["", "-a", ".a", "a b", "a,b", "a/b", "\u{e9}", &"a".repeat(64)] {
+        let spec = VmSpec { name: name.to_owned(), ..spec() };
+        assert!(matches!(validate(&spec), Err(SpecError::Name { .. })), "{name}");
     }
-    assert_eq!(
-        validate(&VmSpec {
-            name: "9".repeat(63),
-            ..spec()
-        }),
-        Ok(())
-    );
+    assert_eq!(validate(&VmSpec { name: "9".repeat(63), ..spec() }), Ok(()));
     for bytes in [0, (64 << 20) - 1, (1 << 40) + (1 << 20), u64::MAX] {
-        let spec = VmSpec {
-            memory: ByteSize(bytes),
-            ..spec()
-        };
-        assert!(
-            matches!(validate(&spec), Err(SpecError::MemoryRange { .. })),
-            "{bytes}"
-        );
+        let spec = VmSpec { memory: ByteSize(bytes), ..spec() };
+        assert!(matches!(validate(&spec), Err(SpecError::MemoryRange { .. })), "{bytes}");
     }
-    let spec_of = |bytes| VmSpec {
-        memory: ByteSize(bytes),
-        ..spec()
-    };
+    let spec_of = |bytes| VmSpec { memory: ByteSize(bytes), ..spec() };
     let odd = (64 << 20) + 4096;
-    assert_eq!(
-        validate(&spec_of(odd)),
-        Err(SpecError::MemoryStep { bytes: odd })
-    );
+    assert_eq!(validate(&spec_of(odd)), Err(SpecError::MemoryStep { bytes: odd }));
     assert_eq!(validate(&spec_of(1 << 40)), Ok(()));
     for vcpus in [0, 257] {
-        assert_eq!(
-            validate(&VmSpec { vcpus, ..spec() }),
-            Err(SpecError::Vcpus { vcpus })
-        );
+        assert_eq!(validate(&VmSpec { vcpus, ..spec() }), Err(SpecError::Vcpus { vcpus }));
     }
 }
 
@@ -144,31 +99,13 @@ fn something_must_be_there_to_boot() {
     machine.disks = vec![disk.clone()];
     assert_eq!(validate(&machine), Err(SpecError::AppendWithoutKernel));
     machine.append.clear();
-    assert_eq!(
-        validate(&machine),
-        Err(SpecError::NoFile {
-            role: "disk",
-            path: disk.clone()
-        })
-    );
+    assert_eq!(validate(&machine), Err(SpecError::NoFile { role: "disk", path: disk.clone() }));
     fs::write(&disk, "x").unwrap();
     assert_eq!(validate(&machine), Ok(()));
     let kernel = directory.path().to_owned();
-    machine.boot = Boot::Kernel {
-        kernel: kernel.clone(),
-        initrd: None,
-    };
-    assert_eq!(
-        validate(&machine),
-        Err(SpecError::NoFile {
-            role: "kernel",
-            path: kernel
-        })
-    );
-    let boot = Boot::Kernel {
-        kernel: disk,
-        initrd: Some("/nonexistent".into()),
-    };
+    machine.boot = Boot::Kernel { kernel: kernel.clone(), initrd: None };
+    assert_eq!(validate(&machine), Err(SpecError::NoFile { role: "kernel", path: kernel }));
+    let boot = Boot::Kernel { kernel: disk, initrd: Some("/nonexistent".into()) };
     let error = validate(&VmSpec { boot, ..machine }).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -185,24 +122,11 @@ fn extra_arguments_cannot_undo_what_paging_needs() {
         "-drive file=x.img,cache=none",
     ] {
         let extra_args = extra.split(' ').map(str::to_owned).collect();
-        let error = validate(&VmSpec {
-            extra_args,
-            ..spec()
-        })
-        .unwrap_err();
-        assert!(
-            matches!(error, SpecError::ExtraArgument { .. }),
-            "{extra}: {error}"
-        );
+        let error = validate(&VmSpec { extra_args, ..spec() }).unwrap_err();
+        assert!(matches!(error, SpecError::ExtraArgument { .. }), "{extra}: {error}");
     }
     let extra_args = vec!["-device".to_owned(), "virtio-balloon-pci".to_owned()];
-    assert_eq!(
-        validate(&VmSpec {
-            extra_args,
-            ..spec()
-        }),
-        Ok(())
-    );
+    assert_eq!(validate(&VmSpec { extra_args, ..spec() }), Ok(()));
 }
 
 #[test]

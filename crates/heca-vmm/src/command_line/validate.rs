@@ -88,19 +88,13 @@ pub enum SpecError {
 /// Warnings about extra arguments are not errors; see [`screen_qemu_arguments`] for them.
 pub fn validate(spec: &VmSpec) -> Result<(), SpecError> {
     if !name_is_valid(&spec.name) {
-        return Err(SpecError::Name {
-            name: spec.name.clone(),
-        });
+        return Err(SpecError::Name { name: spec.name.clone() });
     }
     if spec.memory < MEMORY_MIN || spec.memory > MEMORY_MAX {
-        return Err(SpecError::MemoryRange {
-            memory: spec.memory,
-        });
+        return Err(SpecError::MemoryRange { memory: spec.memory });
     }
     if !spec.memory.0.is_multiple_of(MEMORY_STEP.0) {
-        return Err(SpecError::MemoryStep {
-            bytes: spec.memory.0,
-        });
+        return Err(SpecError::MemoryStep { bytes: spec.memory.0 });
     }
     if !(1..=VCPUS_MAX).contains(&spec.vcpus) {
         return Err(SpecError::Vcpus { vcpus: spec.vcpus });
@@ -115,18 +109,14 @@ pub fn validate(spec: &VmSpec) -> Result<(), SpecError> {
 fn name_is_valid(name: &str) -> bool {
     name.len() <= NAME_BYTES_MAX
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte))
 }
 
 fn check_boot(spec: &VmSpec) -> Result<(), SpecError> {
     match &spec.boot {
         Boot::Kernel { kernel, initrd } => {
             check_file("kernel", kernel)?;
-            initrd
-                .as_ref()
-                .map_or(Ok(()), |initrd| check_file("initrd", initrd))
+            initrd.as_ref().map_or(Ok(()), |initrd| check_file("initrd", initrd))
         }
         Boot::Disk if spec.disks.is_empty() => Err(SpecError::NothingToBoot),
         Boot::Disk if !spec.append.is_empty() => Err(SpecError::AppendWithoutKernel),
@@ -136,18 +126,12 @@ fn check_boot(spec: &VmSpec) -> Result<(), SpecError> {
 
 fn check_file(role: &'static str, path: &Path) -> Result<(), SpecError> {
     if path.to_str().is_none() {
-        return Err(SpecError::PathNotText {
-            role,
-            path: path.to_owned(),
-        });
+        return Err(SpecError::PathNotText { role, path: path.to_owned() });
     }
     // Disks may be block devices, so anything but a directory will do.
     match path.metadata() {
         Ok(metadata) if !metadata.is_dir() => Ok(()),
-        _ => Err(SpecError::NoFile {
-            role,
-            path: path.to_owned(),
-        }),
+        _ => Err(SpecError::NoFile { role, path: path.to_owned() }),
     }
 }
 
@@ -162,11 +146,9 @@ fn check_extra_arguments(spec: &VmSpec) -> Result<(), SpecError> {
     };
     let mut findings = screen_qemu_arguments(&qemu_arguments(spec, &paths)).into_iter();
     match findings.find(|finding| finding.severity == Severity::Refuse) {
-        Some(finding) => Err(SpecError::ExtraArgument {
-            what: finding.what,
-            why: finding.why,
-            fix: finding.fix,
-        }),
+        Some(finding) => {
+            Err(SpecError::ExtraArgument { what: finding.what, why: finding.why, fix: finding.fix })
+        }
         None => Ok(()),
     }
 }

@@ -32,10 +32,7 @@ impl EventQueue {
 
     /// Removes the oldest event of this name.
     pub(super) fn take(&mut self, name: &str) -> Option<Event> {
-        let at = self
-            .events
-            .iter()
-            .position(|(_, event)| event.name == name)?;
+        let at = self.events.iter().position(|(_, event)| event.name == name)?;
         let (bytes, event) = self.events.remove(at)?;
         self.bytes -= bytes;
         Some(event)
@@ -58,11 +55,7 @@ mod tests {
     use super::*;
 
     fn event(name: &str) -> Event {
-        Event {
-            name: name.to_owned(),
-            data: serde_json::json!({}),
-            time: Duration::ZERO,
-        }
+        Event { name: name.to_owned(), data: serde_json::json!({}), time: Duration::ZERO }
     }
 
     #[test]

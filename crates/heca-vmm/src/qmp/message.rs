@@ -39,10 +39,7 @@ pub(super) enum Message {
 
 /// Reads one line. Never panics, whatever the bytes are.
 pub(super) fn decode(line: &[u8]) -> Result<Message, QmpError> {
-    let malformed = |what: &str| QmpError::Malformed {
-        what: what.to_owned(),
-        text: excerpt(line),
-    };
+    let malformed = |what: &str| QmpError::Malformed { what: what.to_owned(), text: excerpt(line) };
     let value: Value = serde_json::from_slice(line).map_err(|e| malformed(&e.to_string()))?;
     let Value::Object(mut object) = value else {
         return Err(malformed("not a json object"));
@@ -54,14 +51,10 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, QmpError> {
             .ok_or_else(|| malformed("a greeting without a version"));
     }
     if let Some(name) = object.get("event") {
-        let name = name
-            .as_str()
-            .ok_or_else(|| malformed("an event whose name is not text"))?;
+        let name = name.as_str().ok_or_else(|| malformed("an event whose name is not text"))?;
         let name = name.to_owned();
         let time = time_of(object.get("timestamp"));
-        let data = object
-            .remove("data")
-            .unwrap_or_else(|| Value::Object(Default::default()));
+        let data = object.remove("data").unwrap_or_else(|| Value::Object(Default::default()));
         return Ok(Message::Event(Event { name, data, time }));
     }
     let id = object.get("id").map(Value::as_u64);
@@ -71,11 +64,7 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, QmpError> {
     let id = id.flatten();
     if let Some(error) = object.get("error") {
         let text = |key: &str| error[key].as_str().unwrap_or("(none given)").to_owned();
-        return Ok(Message::Error {
-            id,
-            class: text("class"),
-            desc: text("desc"),
-        });
+        return Ok(Message::Error { id, class: text("class"), desc: text("desc") });
     }
     match (id, object.remove("return")) {
         (Some(id), Some(value)) => Ok(Message::Return { id, value }),
@@ -86,16 +75,9 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, QmpError> {
 
 /// Reads the `version` object of the greeting, which is also the answer to `query-version`.
 pub(super) fn version_of(value: &Value) -> Option<QemuVersion> {
-    let number = |key: &str| {
-        value["qemu"][key]
-            .as_u64()
-            .and_then(|number| u32::try_from(number).ok())
-    };
-    Some(QemuVersion {
-        major: number("major")?,
-        minor: number("minor")?,
-        micro: number("micro")?,
-    })
+    let number =
+        |key: &str| value["qemu"][key].as_u64().and_then(|number| u32::try_from(number).ok());
+    Some(QemuVersion { major: number("major")?, minor: number("minor")?, micro: number("micro")? })
 }
 
 fn time_of(timestamp: Option<&Value>) -> Duration {
@@ -122,20 +104,11 @@ mod tests {
     fn real_lines_decode() {
         let greeting = br#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7},
             "package": "Debian"}, "capabilities": ["oob"]}}"#;
-        let version = QemuVersion {
-            major: 7,
-            minor: 2,
-            micro: 22,
-        };
+        let version = QemuVersion { major: 7, minor: 2, micro: 22 };
         assert_eq!(decode(greeting).unwrap(), Message::Greeting(version));
         let event = br#"{"timestamp": {"seconds": 5, "microseconds": 250000}, "event": "STOP"}"#;
-        let Message::Event(event) = decode(event).unwrap() else {
-            panic!("not an event")
-        };
-        assert_eq!(
-            (event.name.as_str(), event.time),
-            ("STOP", Duration::from_millis(5250))
-        );
+        let Message::Event(event) = decode(event).unwrap() else { panic!("not an event") };
+        assert_eq!((event.name.as_str(), event.time), ("STOP", Duration::from_millis(5250)));
         assert_eq!(event.data, serde_json::json!({}));
         let foreign = br#"{"return": {}, "id": "libvirt-12"}"#;
         assert_eq!(decode(foreign).unwrap(), Message::Unrelated);

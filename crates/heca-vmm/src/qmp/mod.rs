@@ -83,20 +83,11 @@ impl Qmp {
         self.send(&request, command)?;
         loop {
             match self.read_message(deadline, command)? {
-                Message::Return {
-                    id: answered,
-                    value,
-                } if answered == id => return Ok(value),
-                Message::Error {
-                    id: answered,
-                    class,
-                    desc,
-                } if answered.is_none_or(|a| a == id) => {
-                    return Err(QmpError::Command {
-                        command: command.to_owned(),
-                        class,
-                        desc,
-                    });
+                Message::Return { id: answered, value } if answered == id => return Ok(value),
+                Message::Error { id: answered, class, desc }
+                    if answered.is_none_or(|a| a == id) =>
+                {
+                    return Err(QmpError::Command { command: command.to_owned(), class, desc });
                 }
                 other => tracing::debug!(?other, command, "ignored an answer to another command"),
             }
@@ -173,10 +164,9 @@ impl Qmp {
                 path: self.path.clone(),
                 text: excerpt(format!("{other:?}").as_bytes()),
             }),
-            Err(QmpError::Malformed { text, .. }) => Err(QmpError::Greeting {
-                path: self.path.clone(),
-                text,
-            }),
+            Err(QmpError::Malformed { text, .. }) => {
+                Err(QmpError::Greeting { path: self.path.clone(), text })
+            }
             Err(error) => Err(error),
         }
     }
@@ -257,10 +247,8 @@ impl Qmp {
             return Err(self.explain(io::ErrorKind::TimedOut.into(), what));
         }
         let wait = left.max(Duration::from_millis(1));
-        let read = self
-            .stream
-            .set_read_timeout(Some(wait))
-            .and_then(|()| self.stream.read(&mut chunk));
+        let read =
+            self.stream.set_read_timeout(Some(wait)).and_then(|()| self.stream.read(&mut chunk));
         match read {
             Ok(0) => {
                 self.closed = true;
@@ -277,10 +265,7 @@ impl Qmp {
 
     fn check_open(&self, what: &str) -> Result<(), QmpError> {
         if self.closed {
-            return Err(QmpError::Closed {
-                path: self.path.clone(),
-                what: what.to_owned(),
-            });
+            return Err(QmpError::Closed { path: self.path.clone(), what: what.to_owned() });
         }
         Ok(())
     }
@@ -302,26 +287,19 @@ impl Qmp {
 }
 
 fn unexpected(what: &str, value: &Value) -> QmpError {
-    QmpError::Malformed {
-        what: what.to_owned(),
-        text: excerpt(value.to_string().as_bytes()),
-    }
+    QmpError::Malformed { what: what.to_owned(), text: excerpt(value.to_string().as_bytes()) }
 }
 
 /// A point in time that far away; a day if the sum does not exist.
 fn deadline_after(timeout: Duration) -> Instant {
     let now = Instant::now();
-    now.checked_add(timeout)
-        .unwrap_or_else(|| now + Duration::from_secs(86_400))
+    now.checked_add(timeout).unwrap_or_else(|| now + Duration::from_secs(86_400))
 }
 
 /// Tries until someone listens. A socket whose queue is full counts as not there yet: a blocking
 /// connect would hang on it for as long as another client keeps QEMU's only slot.
 fn connect_until(path: &Path, deadline: Instant) -> Result<UnixStream, QmpError> {
-    let failed = |source: io::Error| QmpError::Connect {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source: io::Error| QmpError::Connect { path: path.to_owned(), source };
     loop {
         let error = match connect_once(path) {
             Ok(stream) => return Ok(stream),

@@ -27,15 +27,9 @@ impl Peer {
     /// Reads a command and returns its name and id.
     fn hear(&mut self) -> Option<(String, u64)> {
         let mut line = String::new();
-        self.lines
-            .read_line(&mut line)
-            .ok()
-            .filter(|&bytes| bytes > 0)?;
+        self.lines.read_line(&mut line).ok().filter(|&bytes| bytes > 0)?;
         let value: Value = serde_json::from_str(&line).unwrap();
-        Some((
-            value["execute"].as_str().unwrap().to_owned(),
-            value["id"].as_u64().unwrap(),
-        ))
+        Some((value["execute"].as_str().unwrap().to_owned(), value["id"].as_u64().unwrap()))
     }
 
     fn answer(&mut self, id: u64, value: Value) {
@@ -64,10 +58,7 @@ impl Fake {
             let lines = BufReader::new(stream.try_clone().unwrap());
             script(&mut Peer { lines, stream });
         });
-        Self {
-            directory,
-            thread: Some(thread),
-        }
+        Self { directory, thread: Some(thread) }
     }
 
     fn connect(&self, timeout: Duration) -> Result<Qmp, QmpError> {
@@ -92,26 +83,16 @@ fn answers_are_found_among_events_and_events_are_kept() {
         peer.say(r#"{"event": "MIGRATION", "data": {"status": "active"}}"#);
         let (command, id) = peer.hear().unwrap();
         assert_eq!(command, "query-version");
-        peer.answer(
-            id,
-            json!({ "qemu": { "major": 10, "minor": 0, "micro": 13 } }),
-        );
+        peer.answer(id, json!({ "qemu": { "major": 10, "minor": 0, "micro": 13 } }));
         peer.say(r#"{"event": "RESUME"}"#);
         peer.hear();
     });
     let mut qmp = fake.connect(LONG).unwrap();
     assert_eq!(qmp.query_status().unwrap(), "paused");
-    assert_eq!(
-        qmp.wait_event("MIGRATION", LONG).unwrap().data["status"],
-        "setup"
-    );
+    assert_eq!(qmp.wait_event("MIGRATION", LONG).unwrap().data["status"], "setup");
     assert_eq!(qmp.query_version().unwrap().to_string(), "10.0.13");
     assert_eq!(qmp.wait_event("RESUME", LONG).unwrap().name, "RESUME");
-    let names: Vec<_> = qmp
-        .take_events()
-        .into_iter()
-        .map(|event| event.name)
-        .collect();
+    let names: Vec<_> = qmp.take_events().into_iter().map(|event| event.name).collect();
     assert_eq!(names, ["STOP", "MIGRATION"]);
     assert_eq!(qmp.dropped_events(), 0);
     drop(qmp);
@@ -132,10 +113,7 @@ fn a_refused_command_keeps_the_connection() {
     });
     let mut qmp = fake.connect(LONG).unwrap();
     let error = qmp.execute("frobnicate", json!({ "a": 1 })).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "qemu refused frobnicate: no such thing (GenericError)"
-    );
+    assert_eq!(error.to_string(), "qemu refused frobnicate: no such thing (GenericError)");
     assert!(matches!(qmp.stop(), Err(QmpError::Command { desc, .. }) if desc == "cannot parse"));
     qmp.cont().unwrap();
     fake.finish();
@@ -204,10 +182,7 @@ fn a_premature_close_is_said_and_quit_accepts_it() {
     let mut qmp = fake.connect(LONG).unwrap();
     qmp.quit().unwrap();
     qmp.quit().unwrap();
-    assert!(matches!(
-        qmp.wait_event("SHUTDOWN", LONG),
-        Err(QmpError::Closed { .. })
-    ));
+    assert!(matches!(qmp.wait_event("SHUTDOWN", LONG), Err(QmpError::Closed { .. })));
     fake.finish();
 }
 
@@ -243,10 +218,7 @@ fn connecting_waits_for_the_socket_and_gives_up() {
     Qmp::connect(&path, LONG).unwrap();
     thread.join().unwrap();
     let long = directory.path().join("x".repeat(200));
-    assert!(matches!(
-        Qmp::connect(&long, LONG),
-        Err(QmpError::Connect { .. })
-    ));
+    assert!(matches!(Qmp::connect(&long, LONG), Err(QmpError::Connect { .. })));
 }
 
 #[test]
@@ -254,12 +226,7 @@ fn a_socket_with_a_full_queue_does_not_hang() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("busy");
     // As QEMU does: a queue of one, and nobody accepts while another client is served.
-    let listener = socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    );
+    let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let listener = listener.unwrap();
     rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
     rustix::net::listen(&listener, 1).unwrap();
@@ -271,8 +238,5 @@ fn a_socket_with_a_full_queue_does_not_hang() {
         }
     };
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-    assert!(matches!(
-        Qmp::connect(&path, SHORT),
-        Err(QmpError::Connect { .. })
-    ));
+    assert!(matches!(Qmp::connect(&path, SHORT), Err(QmpError::Connect { .. })));
 }

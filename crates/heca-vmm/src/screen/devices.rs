@@ -28,43 +28,26 @@ const DEVICES: [(&str, &str, &str); 9] = [
 ];
 
 /// Block drivers that never go through the host's page cache.
-const BLOCK_DRIVERS: [&str; 5] = [
-    "nvme",
-    "nvme-io_uring",
-    "io_uring",
-    "virtio-blk-vfio-pci",
-    "virtio-blk-vhost-vdpa",
-];
+const BLOCK_DRIVERS: [&str; 5] =
+    ["nvme", "nvme-io_uring", "io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa"];
 
 /// Looks at one option.
 pub(super) fn screen(name: &str, value: &Properties) -> Option<Finding> {
-    let checked = [
-        "device", "object", "netdev", "nic", "net", "drive", "blockdev",
-    ];
+    let checked = ["device", "object", "netdev", "nic", "net", "drive", "blockdev"];
     if checked.contains(&name) && value.is_unreadable() {
         let why = "its json cannot be read, so what it does is unknown";
-        return Some(Finding::refuse(
-            format!("-{name}"),
-            why,
-            "write standard json",
-        ));
+        return Some(Finding::refuse(format!("-{name}"), why, "write standard json"));
     }
     match name {
         "device" | "object" => {
-            let key = if name == "device" {
-                "driver"
-            } else {
-                "qom-type"
-            };
+            let key = if name == "device" { "driver" } else { "qom-type" };
             let driver = value.get(key)?;
             if name == "device" && value.is_on("prealloc") {
                 let why = "it fills guest memory at the start, more than this host may have";
                 let what = format!("-device {driver},prealloc=on");
                 return Some(Finding::refuse(what, why, "use prealloc=off"));
             }
-            let (_, why, fix) = DEVICES
-                .iter()
-                .find(|(start, ..)| driver.starts_with(start))?;
+            let (_, why, fix) = DEVICES.iter().find(|(start, ..)| driver.starts_with(start))?;
             Some(Finding::refuse(format!("-{name} {driver}"), why, fix))
         }
         "netdev" | "nic" | "net" => network(name, value),
@@ -80,11 +63,9 @@ fn network(option: &str, value: &Properties) -> Option<Finding> {
         "vhost-vdpa" => Some(Finding::refuse(what, PINS, USE_VIRTIO)),
         "vhost-user" => Some(Finding::refuse(what, SECOND, USE_QEMU)),
         // passt serves guest RAM itself in this mode only.
-        "passt" if value.is_on("vhost-user") => Some(Finding::refuse(
-            format!("{what},vhost-user=on"),
-            SECOND,
-            "use vhost-user=off",
-        )),
+        "passt" if value.is_on("vhost-user") => {
+            Some(Finding::refuse(format!("{what},vhost-user=on"), SECOND, "use vhost-user=off"))
+        }
         _ => None,
     }
 }
@@ -98,16 +79,10 @@ fn disk(option: &str, value: &Properties) -> Option<Finding> {
     if value.anywhere("cache.direct").any(is_on) {
         return refuse("cache.direct=on", DIRECT);
     }
-    if let Some(driver) = value
-        .anywhere("driver")
-        .find(|driver| BLOCK_DRIVERS.contains(driver))
-    {
+    if let Some(driver) = value.anywhere("driver").find(|driver| BLOCK_DRIVERS.contains(driver)) {
         return refuse(&format!("driver={driver}"), DIRECT);
     }
-    if value
-        .anywhere("driver")
-        .any(|driver| driver == "virtio-blk-vhost-user")
-    {
+    if value.anywhere("driver").any(|driver| driver == "virtio-blk-vhost-user") {
         return refuse("driver=virtio-blk-vhost-user", SECOND);
     }
     let mut files = value.anywhere("file").chain(value.anywhere("filename"));

@@ -32,11 +32,7 @@ pub(super) fn screen(options: &[(&str, Properties)]) -> Vec<Finding> {
         findings.extend(mapping(backend, is_ram));
         findings.extend(filling(backend));
     }
-    findings.extend(
-        options
-            .iter()
-            .filter_map(|(name, value)| whole_machine(name, value)),
-    );
+    findings.extend(options.iter().filter_map(|(name, value)| whole_machine(name, value)));
     findings
 }
 
@@ -48,10 +44,7 @@ fn ram_ids<'a>(options: &'a [(&str, Properties)]) -> Vec<&'a str> {
         .filter(|(name, _)| matches!(*name, "machine" | "M"))
         .find_map(|(_, value)| value.get("memory-backend"));
     let nodes = options.iter().filter(|(name, _)| *name == "numa");
-    machine
-        .into_iter()
-        .chain(nodes.filter_map(|(_, value)| value.get("memdev")))
-        .collect()
+    machine.into_iter().chain(nodes.filter_map(|(_, value)| value.get("memdev"))).collect()
 }
 
 fn no_backend(options: &[(&str, Properties)], backends: &[&Properties]) -> Finding {
@@ -109,11 +102,7 @@ fn filling(backend: &Properties) -> Vec<Finding> {
     }
     let path = backend.get("mem-path").unwrap_or_default();
     let huge = ["hugepages", "hugetlbfs"];
-    if backend.is_on("hugetlb")
-        || path
-            .split('/')
-            .any(|p| huge.iter().any(|h| p.starts_with(h)))
-    {
+    if backend.is_on("hugetlb") || path.split('/').any(|p| huge.iter().any(|h| p.starts_with(h))) {
         findings.push(Finding::refuse(
             what(if path.is_empty() { "hugetlb=on" } else { path }),
             "pages of hugetlbfs are 2 MiB or more and cannot be paged one by one",
@@ -164,11 +153,7 @@ fn whole_machine(name: &str, value: &Properties) -> Option<Finding> {
 
 fn prealloc(what: String) -> Finding {
     let why = "it fills all guest memory at the start, more than this host may have";
-    Finding::refuse(
-        what,
-        why,
-        "use prealloc=off (libvirt: remove <allocation mode='immediate'/>)",
-    )
+    Finding::refuse(what, why, "use prealloc=off (libvirt: remove <allocation mode='immediate'/>)")
 }
 
 fn is_off(value: &str) -> bool {

@@ -41,19 +41,11 @@ pub struct Finding {
 
 impl Finding {
     fn refuse(what: impl Into<String>, why: &str, fix: &str) -> Self {
-        Self {
-            severity: Severity::Refuse,
-            what: what.into(),
-            why: why.into(),
-            fix: fix.into(),
-        }
+        Self { severity: Severity::Refuse, what: what.into(), why: why.into(), fix: fix.into() }
     }
 
     fn warning(what: impl Into<String>, why: &str, fix: &str) -> Self {
-        Self {
-            severity: Severity::Warning,
-            ..Self::refuse(what, why, fix)
-        }
+        Self { severity: Severity::Warning, ..Self::refuse(what, why, fix) }
     }
 }
 
@@ -71,11 +63,7 @@ pub fn screen_qemu_arguments(arguments: &[String]) -> Vec<Finding> {
         .map(|(name, value)| (name, Properties::parse(value, implied_key(name))))
         .collect();
     let mut findings = memory::screen(&options);
-    findings.extend(
-        options
-            .iter()
-            .filter_map(|(name, value)| devices::screen(name, value)),
-    );
+    findings.extend(options.iter().filter_map(|(name, value)| devices::screen(name, value)));
     findings
 }
 
@@ -86,10 +74,7 @@ pub fn split_cmdline(content: &[u8]) -> Vec<String> {
     if content.is_empty() {
         return Vec::new();
     }
-    content
-        .split(|&byte| byte == 0)
-        .map(|a| String::from_utf8_lossy(a).into_owned())
-        .collect()
+    content.split(|&byte| byte == 0).map(|a| String::from_utf8_lossy(a).into_owned()).collect()
 }
 
 /// The key that the first word of an option's value belongs to.

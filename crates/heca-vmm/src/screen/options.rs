@@ -75,17 +75,11 @@ impl Properties {
 
     fn flatten(&mut self, key: &str, value: &Value) {
         let below = |part: &str| {
-            if key.is_empty() {
-                part.to_owned()
-            } else {
-                format!("{key}.{part}")
-            }
+            if key.is_empty() { part.to_owned() } else { format!("{key}.{part}") }
         };
         match value {
             Value::Object(members) => {
-                members
-                    .iter()
-                    .for_each(|(part, value)| self.flatten(&below(part), value));
+                members.iter().for_each(|(part, value)| self.flatten(&below(part), value));
             }
             Value::Array(items) => {
                 let numbered = items.iter().enumerate();
@@ -106,11 +100,7 @@ impl Properties {
 
     /// The value of a key; the last one, as in QEMU, if it is given twice.
     pub(super) fn get(&self, key: &str) -> Option<&str> {
-        self.pairs
-            .iter()
-            .rev()
-            .find(|(name, _)| name == key)
-            .map(|(_, value)| value.as_str())
+        self.pairs.iter().rev().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 
     pub(super) fn is_on(&self, key: &str) -> bool {
@@ -151,9 +141,7 @@ mod tests {
 
     fn split(line: &str) -> Vec<(String, String)> {
         let arguments: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        split_options(&arguments)
-            .map(|(n, v)| (n.to_owned(), v.to_owned()))
-            .collect()
+        split_options(&arguments).map(|(n, v)| (n.to_owned(), v.to_owned())).collect()
     }
 
     #[test]
@@ -174,10 +162,8 @@ mod tests {
 
     #[test]
     fn both_syntaxes_give_the_same_keys() {
-        let text = Properties::parse(
-            "file,cache.direct=on,filename=a,,b,x=1,x=2,ro,nowait",
-            "driver",
-        );
+        let text =
+            Properties::parse("file,cache.direct=on,filename=a,,b,x=1,x=2,ro,nowait", "driver");
         assert_eq!(text.get("driver"), Some("file"));
         assert_eq!(text.get("filename"), Some("a,b"));
         assert_eq!(text.get("x"), Some("2"));
@@ -186,36 +172,17 @@ mod tests {
         let json = Properties::parse(json, "driver");
         assert!(json.is_on("file.cache.direct"));
         assert_eq!(json.anywhere("cache.direct").collect::<Vec<_>>(), ["on"]);
-        assert_eq!(
-            json.anywhere("driver").collect::<Vec<_>>(),
-            ["qcow2", "nvme"]
-        );
+        assert_eq!(json.anywhere("driver").collect::<Vec<_>>(), ["qcow2", "nvme"]);
         assert_eq!(json.get("n.0"), Some("7"));
-        assert_eq!(
-            text.anywhere("irect").count() + text.anywhere("direct,").count(),
-            0
-        );
-        let nested = Properties::parse(
-            r#"file=json:{"driver":"raw",,"cache":{"direct":true}}"#,
-            "x",
-        );
+        assert_eq!(text.anywhere("irect").count() + text.anywhere("direct,").count(), 0);
+        let nested =
+            Properties::parse(r#"file=json:{"driver":"raw",,"cache":{"direct":true}}"#, "x");
         assert!(nested.is_on("file.cache.direct"), "{nested:?}");
     }
 
     #[test]
     fn broken_text_is_read_without_panic() {
-        for text in [
-            "",
-            ",",
-            ",,,",
-            "=",
-            "{",
-            "{\"a\":",
-            "json:{",
-            "a=json:[",
-            "no",
-            "\u{e9},=,",
-        ] {
+        for text in ["", ",", ",,,", "=", "{", "{\"a\":", "json:{", "a=json:[", "no", "\u{e9},=,"] {
             let _ = Properties::parse(text, "type");
         }
     }

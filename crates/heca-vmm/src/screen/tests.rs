@@ -15,18 +15,14 @@ fn with_ram(line: &str) -> Vec<Finding> {
 }
 
 fn refused(findings: &[Finding], what: &str) {
-    let [finding] = findings else {
-        panic!("{what}: {findings:?}")
-    };
+    let [finding] = findings else { panic!("{what}: {findings:?}") };
     assert_eq!(finding.severity, Severity::Refuse, "{finding}");
     assert!(finding.what.contains(what), "{what}: {finding}");
     assert!(!finding.why.is_empty() && !finding.fix.is_empty());
 }
 
 fn warned(findings: &[Finding], what: &str) {
-    let [finding] = findings else {
-        panic!("{what}: {findings:?}")
-    };
+    let [finding] = findings else { panic!("{what}: {findings:?}") };
     assert_eq!(finding.severity, Severity::Warning, "{finding}");
     assert!(finding.what.contains(what), "{what}: {finding}");
 }
@@ -54,10 +50,7 @@ fn libvirts_json_line_is_understood() {
         ])
     };
     assert_eq!(ram("memory-backend-file", true), []);
-    refused(
-        &ram("memory-backend-file", false),
-        "memory-backend-file,id=pc.ram",
-    );
+    refused(&ram("memory-backend-file", false), "memory-backend-file,id=pc.ram");
     refused(&ram("memory-backend-ram", true), "memory-backend-ram");
     warned(&ram("memory-backend-memfd", true), "memory-backend-memfd");
     refused(&ram("memory-backend-memfd", false), "memory-backend-memfd");
@@ -73,10 +66,7 @@ fn private_ram_is_refused() {
         &screen("-object memory-backend-file,id=r,size=1G,mem-path=/dev/shm/a,share=on"),
         "-object memory-backend-file",
     );
-    refused(
-        &screen("-machine q35,memory-backend=pc.ram"),
-        "memory-backend=pc.ram",
-    );
+    refused(&screen("-machine q35,memory-backend=pc.ram"), "memory-backend=pc.ram");
     refused(
         &screen("-M q35,memory-backend=r -object memory-backend-ram,id=r,size=1G,share=on"),
         "memory-backend-ram",
@@ -106,27 +96,15 @@ fn numa_nodes_and_added_modules_are_told_apart() {
 fn memory_that_fills_or_locks_itself_is_refused() {
     let ram = |more: &str| screen_qemu_arguments(&arguments(&format!("{RAM},{more}")));
     refused(&ram("prealloc=on"), "prealloc=on");
-    refused(
-        &ram("mem-path=/dev/hugepages/libvirt/qemu/1-a"),
-        "/dev/hugepages",
-    );
+    refused(&ram("mem-path=/dev/hugepages/libvirt/qemu/1-a"), "/dev/hugepages");
     warned(&ram("discard-data=on"), "discard-data=on");
     assert_eq!(ram("prealloc=off,discard-data=off"), []);
     refused(&with_ram("-mem-prealloc"), "-mem-prealloc");
     refused(&with_ram("-overcommit mem-lock=on"), "mem-lock=on");
-    refused(
-        &with_ram("-overcommit mem-lock=on-fault,cpu-pm=off"),
-        "mem-lock=on-fault",
-    );
+    refused(&with_ram("-overcommit mem-lock=on-fault,cpu-pm=off"), "mem-lock=on-fault");
     refused(&with_ram("-realtime mlock=on"), "mlock");
-    assert_eq!(
-        with_ram("-overcommit mem-lock=off,cpu-pm=on -realtime mlock=off"),
-        []
-    );
-    refused(
-        &with_ram("-device virtio-mem-pci,memdev=m,prealloc=on"),
-        "prealloc=on",
-    );
+    assert_eq!(with_ram("-overcommit mem-lock=off,cpu-pm=on -realtime mlock=off"), []);
+    refused(&with_ram("-device virtio-mem-pci,memdev=m,prealloc=on"), "prealloc=on");
     let memfd = "-M q35,memory-backend=m -object memory-backend-memfd,id=m,size=1G,hugetlb=on";
     let findings = screen_qemu_arguments(&arguments(memfd));
     assert_eq!(findings.len(), 2, "{findings:?}");
@@ -138,39 +116,15 @@ fn direct_disks_are_refused_and_buffered_ones_pass() {
     for (line, what) in [
         ("-drive file=a.img,if=virtio,cache=none", "cache=none"),
         ("-drive file=a.img,cache=directsync", "cache=directsync"),
-        (
-            "-drive file=a.img,cache.direct=on,aio=native",
-            "cache.direct=on",
-        ),
-        (
-            "-drive file=a.img,file.cache.direct=true",
-            "cache.direct=on",
-        ),
-        (
-            "-blockdev driver=file,filename=a.img,node-name=a,cache.direct=on",
-            "cache.direct=on",
-        ),
-        (
-            r#"-blockdev {"driver":"file","filename":"a","cache":{"direct":true}}"#,
-            "cache.direct",
-        ),
-        (
-            r#"-drive file=json:{"driver":"file",,"cache":{"direct":true}}"#,
-            "cache.direct=on",
-        ),
-        (
-            r#"-blockdev {"driver":"raw","file":{"driver":"nvme","device":"0"}}"#,
-            "driver=nvme",
-        ),
+        ("-drive file=a.img,cache.direct=on,aio=native", "cache.direct=on"),
+        ("-drive file=a.img,file.cache.direct=true", "cache.direct=on"),
+        ("-blockdev driver=file,filename=a.img,node-name=a,cache.direct=on", "cache.direct=on"),
+        (r#"-blockdev {"driver":"file","filename":"a","cache":{"direct":true}}"#, "cache.direct"),
+        (r#"-drive file=json:{"driver":"file",,"cache":{"direct":true}}"#, "cache.direct=on"),
+        (r#"-blockdev {"driver":"raw","file":{"driver":"nvme","device":"0"}}"#, "driver=nvme"),
         ("-drive file=nvme://0000:01:00.0/1,if=none", "nvme://"),
-        (
-            "-blockdev io_uring,filename=/dev/sdb,node-name=a",
-            "driver=io_uring",
-        ),
-        (
-            "-blockdev virtio-blk-vhost-user,path=/a,node-name=a",
-            "virtio-blk-vhost-user",
-        ),
+        ("-blockdev io_uring,filename=/dev/sdb,node-name=a", "driver=io_uring"),
+        ("-blockdev virtio-blk-vhost-user,path=/a,node-name=a", "virtio-blk-vhost-user"),
         ("-device scsi-generic,drive=a", "scsi-generic"),
         ("-device scsi-block,drive=a", "scsi-block"),
     ] {
@@ -191,39 +145,18 @@ fn direct_disks_are_refused_and_buffered_ones_pass() {
 fn devices_that_pin_or_share_guest_ram_are_refused() {
     for (line, what) in [
         ("-device vfio-pci,host=01:00.0", "-device vfio-pci"),
-        (
-            r#"-device {"driver":"vfio-pci","host":"0000:01:00.0"}"#,
-            "vfio-pci",
-        ),
+        (r#"-device {"driver":"vfio-pci","host":"0000:01:00.0"}"#, "vfio-pci"),
         ("-device driver=vfio-ccw", "vfio-ccw"),
-        (
-            "-device vhost-vdpa-device-pci,vhostdev=/dev/vhost-vdpa-0",
-            "vhost-vdpa",
-        ),
-        (
-            "-netdev vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0",
-            "-netdev vhost-vdpa",
-        ),
+        ("-device vhost-vdpa-device-pci,vhostdev=/dev/vhost-vdpa-0", "vhost-vdpa"),
+        ("-netdev vhost-vdpa,id=n,vhostdev=/dev/vhost-vdpa-0", "-netdev vhost-vdpa"),
         ("-device vhost-scsi-pci,wwpn=naa.1", "vhost-scsi-pci"),
-        (
-            "-device vhost-user-fs-pci,chardev=c,tag=t",
-            "vhost-user-fs-pci",
-        ),
+        ("-device vhost-user-fs-pci,chardev=c,tag=t", "vhost-user-fs-pci"),
         ("-device vhost-user-blk-pci,chardev=c", "vhost-user-blk-pci"),
         ("-netdev vhost-user,id=n,chardev=c", "-netdev vhost-user"),
-        (
-            r#"-netdev {"type":"vhost-user","id":"n","chardev":"c"}"#,
-            "-netdev vhost-user",
-        ),
+        (r#"-netdev {"type":"vhost-user","id":"n","chardev":"c"}"#, "-netdev vhost-user"),
         ("-netdev passt,id=n,vhost-user=on", "passt"),
-        (
-            "-object vhost-user-backend,id=v,chardev=c",
-            "vhost-user-backend",
-        ),
-        (
-            "-machine confidential-guest-support=sev0",
-            "confidential-guest-support",
-        ),
+        ("-object vhost-user-backend,id=v,chardev=c", "vhost-user-backend"),
+        ("-machine confidential-guest-support=sev0", "confidential-guest-support"),
     ] {
         refused(&with_ram(line), what);
     }
@@ -243,10 +176,7 @@ fn devices_that_pin_or_share_guest_ram_are_refused() {
 
 #[test]
 fn a_process_command_line_is_split_at_zero_bytes() {
-    assert_eq!(
-        split_cmdline(b"qemu\0-m\x001G\0-append\0\0"),
-        ["qemu", "-m", "1G", "-append", ""]
-    );
+    assert_eq!(split_cmdline(b"qemu\0-m\x001G\0-append\0\0"), ["qemu", "-m", "1G", "-append", ""]);
     assert!(split_cmdline(b"").is_empty());
     assert_eq!(split_cmdline(b"\xff\0"), ["\u{fffd}"]);
 }
