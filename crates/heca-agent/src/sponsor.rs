@@ -1,9 +1,10 @@
 //! Serves the page protocol: one thread for each connection.
 
+use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use heca_core::sponsor::{OpenRequest, Refusal};
@@ -41,7 +42,11 @@ pub struct SponsorServer {
     address: SocketAddr,
     counters: Arc<SponsorCounters>,
     stop: Arc<AtomicBool>,
+    streams: Streams,
 }
+
+/// A duplicate of each connection's socket, to end it from outside.
+type Streams = Arc<Mutex<HashMap<u64, TcpStream>>>;
 
 impl SponsorServer {
     /// Listens on `address` and serves `store`. A connection that was used within the last half
@@ -56,13 +61,20 @@ impl SponsorServer {
             address: listener.local_addr()?,
             counters: Arc::default(),
             stop: Arc::default(),
+            streams: Arc::default(),
         };
         let hint = LatencyHint::start()?;
-        let (store, counters, stop) =
-            (server.store.clone(), server.counters.clone(), server.stop.clone());
+        let acceptor = Acceptor {
+            store: server.store.clone(),
+            counters: server.counters.clone(),
+            stop: server.stop.clone(),
+            streams: server.streams.clone(),
+            hint,
+            spin,
+        };
         std::thread::Builder::new()
             .name("sponsor-accept".into())
-            .spawn(move || accept(&listener, &store, &counters, &stop, &hint, spin))?;
+            .spawn(move || acceptor.run(&listener))?;
         let (store, stop) = (server.store.clone(), server.stop.clone());
         std::thread::Builder::new().name("sponsor-leases".into()).spawn(move || {
             while !stop.load(Ordering::Relaxed) {
@@ -94,57 +106,88 @@ impl SponsorServer {
     }
 }
 
+impl SponsorServer {
+    /// Ends all connections and serves no more.
+    pub fn disconnect(self) {
+        drop(self);
+    }
+}
+
 impl Drop for SponsorServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         // Wake the accepting thread.
         let _ = TcpStream::connect_timeout(&self.address, Duration::from_millis(200));
+        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).values() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
     }
 }
 
-fn accept(
-    listener: &TcpListener,
-    store: &Arc<Store>,
-    counters: &Arc<SponsorCounters>,
-    stop: &Arc<AtomicBool>,
-    hint: &LatencyHint,
+#[derive(Clone)]
+struct Acceptor {
+    store: Arc<Store>,
+    counters: Arc<SponsorCounters>,
+    stop: Arc<AtomicBool>,
+    streams: Streams,
+    hint: LatencyHint,
     spin: Duration,
-) {
-    for stream in listener.incoming() {
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-        let stream = match stream {
-            Ok(stream) => stream,
-            Err(error) => {
-                // Out of descriptors, as a rule: do not spin on it.
-                tracing::warn!(%error, "accept failed");
-                std::thread::sleep(Duration::from_millis(50));
+}
+
+impl Acceptor {
+    fn run(&self, listener: &TcpListener) {
+        for (id, stream) in listener.incoming().enumerate() {
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let stream = match stream {
+                Ok(stream) => stream,
+                Err(error) => {
+                    // Out of descriptors, as a rule: do not spin on it.
+                    tracing::warn!(%error, "accept failed");
+                    std::thread::sleep(Duration::from_millis(50));
+                    continue;
+                }
+            };
+            if self.counters.connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+                tracing::warn!("{CONNECTIONS_MAX} connections: refused one more");
                 continue;
             }
-        };
-        if counters.connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
-            tracing::warn!("{CONNECTIONS_MAX} connections: refused one more");
-            continue;
-        }
-        counters.connections.fetch_add(1, Ordering::Relaxed);
-        let (store, counters2, hint) = (store.clone(), counters.clone(), hint.clone());
-        let started = std::thread::Builder::new().name("sponsor-conn".into()).spawn(move || {
-            let peer = stream.peer_addr();
-            if let Err(error) = serve(stream, &store, &counters2, &hint, spin) {
-                match error {
-                    LinkError::Closed | LinkError::Io(_) => {
-                        tracing::debug!(?peer, "connection ended: {error}");
-                    }
-                    error => tracing::warn!(?peer, "connection dropped: {error}"),
-                }
+            if let Err(error) = self.start(id as u64, stream) {
+                tracing::warn!(%error, "connection not served");
             }
-            counters2.connections.fetch_sub(1, Ordering::Relaxed);
-        });
-        if let Err(error) = started {
-            tracing::warn!(%error, "no thread for a connection");
-            counters.connections.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    fn start(&self, id: u64, stream: TcpStream) -> io::Result<()> {
+        let streams = || self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        streams().insert(id, stream.try_clone()?);
+        self.counters.connections.fetch_add(1, Ordering::Relaxed);
+        let worker = self.clone();
+        let started = std::thread::Builder::new()
+            .name("sponsor-conn".into())
+            .spawn(move || worker.serve(id, stream));
+        if started.is_err() {
+            self.forget(id);
+        }
+        started.map(|_| ())
+    }
+
+    fn serve(&self, id: u64, stream: TcpStream) {
+        let peer = stream.peer_addr();
+        match serve(stream, &self.store, &self.counters, &self.hint, self.spin) {
+            Ok(()) => {}
+            Err(error @ (LinkError::Closed | LinkError::Io(_))) => {
+                tracing::debug!(?peer, "connection ended: {error}");
+            }
+            Err(error) => tracing::warn!(?peer, "connection dropped: {error}"),
+        }
+        self.forget(id);
+    }
+
+    fn forget(&self, id: u64) {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.counters.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -15,7 +15,7 @@ use heca_core::pager::{
 };
 use heca_sys::uffd::{self, Fault, ResolveError, Userfaultfd};
 use heca_types::limits::{PAGE_BYTES, SILENCE_TIMEOUT_MS};
-use heca_types::{Epoch, PageIndex, RegionId};
+use heca_types::{Epoch, PageIndex, PageVersion, RegionId};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
@@ -68,6 +68,15 @@ pub(super) struct Context {
     pub(super) remote: Remote,
 }
 
+/// A page to ask for at the next flush.
+#[derive(Debug, Clone, Copy)]
+struct Ask {
+    page: PageIndex,
+    version: PageVersion,
+    sponsor: u8,
+    class: FetchClass,
+}
+
 struct SponsorLanes {
     demand: ReadLane,
     prefetch: ReadLane,
@@ -84,6 +93,7 @@ pub(super) struct Engine {
     hint: LatencyHint,
     queue: VecDeque<Event>,
     actions: Vec<Action>,
+    asks: Vec<Ask>,
     unmaps: Vec<UnmapJob>,
     punches: Vec<PageIndex>,
     /// When the pager saw the fault of each page that a thread waits for.
@@ -119,6 +129,7 @@ impl Engine {
             hint: LatencyHint::start()?,
             queue: VecDeque::new(),
             actions: Vec::with_capacity(256),
+            asks: Vec::with_capacity(256),
             unmaps: Vec::new(),
             punches: Vec::new(),
             seen: HashMap::new(),
@@ -211,15 +222,7 @@ impl Engine {
         let target = self.context.target;
         let (page, what, result) = match action {
             Action::Fetch { page, version, sponsor, class } => {
-                let Some(lanes) = &mut self.lanes[usize::from(sponsor)] else {
-                    let error = FetchError::Lost;
-                    self.queue.push_back(Event::FetchFailed { page, sponsor, error });
-                    return;
-                };
-                match class {
-                    FetchClass::Demand => lanes.demand.ask(page, version),
-                    FetchClass::Prefetch => lanes.prefetch.ask(page, version),
-                }
+                self.asks.push(Ask { page, version, sponsor, class });
                 return;
             }
             Action::Copy { page } => {
@@ -398,6 +401,19 @@ impl Engine {
 
     /// Sends requests and hands batches to the evictor.
     fn flush(&mut self) {
+        self.asks.reverse();
+        while let Some(ask) = self.asks.pop() {
+            let Ask { page, version, sponsor, class } = ask;
+            match (&mut self.lanes[usize::from(sponsor)], class) {
+                (Some(lanes), FetchClass::Demand) => lanes.demand.ask(page, version),
+                (Some(lanes), FetchClass::Prefetch) => lanes.prefetch.ask(page, version),
+                // It was lost since; the machine knows and asks another one.
+                (None, _) => {
+                    let error = FetchError::Lost;
+                    self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
+                }
+            }
+        }
         for sponsor in 0..self.lanes.len() {
             let Some(lanes) = &mut self.lanes[sponsor] else { continue };
             let sent = lanes.demand.flush().and_then(|()| lanes.prefetch.flush());

@@ -24,6 +24,10 @@ pub(super) enum Order {
     /// Load a word of `count` different pages of `first..end`, in random order, and compare it
     /// with what was written (or with zero, if nothing was).
     Touch { first: usize, end: usize, count: usize, seed: u64, written: bool },
+    /// `threads` threads at a time read, compare and write their words of random pages for
+    /// `ms` milliseconds; at the end every word of every page is compared. Words start as zeros,
+    /// and a second hammering continues where the first ended.
+    Hammer { threads: usize, ms: u64, seed: u64 },
 }
 
 /// Answer to an order.
@@ -54,9 +58,77 @@ fn shuffled(first: usize, end: usize, seed: u64) -> Vec<usize> {
     pages
 }
 
-fn carry_out(map: &SharedMap, order: &Order) -> Measured {
+/// What one hammering thread knows: how often it wrote each page.
+type Writes = Vec<u32>;
+
+/// The value that thread `lane` left in a word at its `count`-th write of the page.
+fn hammered(page: usize, word: usize, count: u32) -> u64 {
+    if count == 0 {
+        0
+    } else {
+        value(page, word) ^ u64::from(count).wrapping_mul(0xD6E8_FEB8_6659_FD93)
+    }
+}
+
+/// One thread's part: the words of each page whose number is `lane` modulo `lanes`.
+fn hammer(
+    map: &SharedMap,
+    (lane, lanes): (usize, usize),
+    writes: &mut Writes,
+    ms: u64,
+    seed: u64,
+) -> (usize, usize) {
+    let pages = map.words() / PAGE_WORDS;
+    let mine = |word: &usize| word % lanes == lane;
+    let check = |page: usize, count: u32| {
+        let words = (0..PAGE_WORDS).filter(mine);
+        words.filter(|&w| map.load(page * PAGE_WORDS + w) != hammered(page, w, count)).count()
+    };
+    let begun = Instant::now();
+    let mut state = seed.wrapping_mul(2 * lane as u64 + 3) | 1;
+    let (mut done, mut wrong) = (0, 0);
+    while begun.elapsed().as_millis() < u128::from(ms) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let page = (state % pages as u64) as usize;
+        wrong += check(page, writes[page]);
+        // Every fourth visit only reads, so that clean pages are evicted, too.
+        if state >> 40 & 3 != 0 {
+            writes[page] += 1;
+            for word in (0..PAGE_WORDS).filter(mine) {
+                map.store(page * PAGE_WORDS + word, hammered(page, word, writes[page]));
+            }
+        }
+        done += 1;
+    }
+    wrong += (0..pages).map(|page| check(page, writes[page])).sum::<usize>();
+    (done, wrong)
+}
+
+fn carry_out(map: &SharedMap, order: &Order, writes: &mut Vec<Writes>) -> Measured {
     let begun = Instant::now();
     match *order {
+        Order::Hammer { threads, ms, seed } => {
+            let pages = map.words() / PAGE_WORDS;
+            writes.resize(threads, vec![0; pages]);
+            let outcomes: Vec<(usize, usize)> = std::thread::scope(|scope| {
+                let hammering: Vec<_> = writes
+                    .iter_mut()
+                    .enumerate()
+                    .map(|(lane, writes)| {
+                        scope.spawn(move || hammer(map, (lane, threads), writes, ms, seed))
+                    })
+                    .collect();
+                hammering.into_iter().map(|h| h.join().unwrap_or((0, usize::MAX / 64))).collect()
+            });
+            Measured {
+                count: outcomes.iter().map(|o| o.0).sum(),
+                wrong: outcomes.iter().map(|o| o.1).sum(),
+                seconds: begun.elapsed().as_secs_f64(),
+                ..Measured::default()
+            }
+        }
         Order::Write { first, end } => {
             for page in first..end {
                 for word in 0..PAGE_WORDS {
@@ -100,8 +172,9 @@ pub fn run(arguments: &BenchTargetArguments) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "ready")?;
     out.flush()?;
+    let mut writes = Vec::new();
     for line in std::io::stdin().lock().lines() {
-        let measured = carry_out(&map, &serde_json::from_str(&line?)?);
+        let measured = carry_out(&map, &serde_json::from_str(&line?)?, &mut writes);
         writeln!(out, "{}", serde_json::to_string(&measured)?)?;
         out.flush()?;
     }

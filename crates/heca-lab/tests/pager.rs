@@ -1,0 +1,353 @@
+//! The pager on real userfaultfd: an unmodified process, real sponsors over TCP, every byte
+//! verified by several writers at a time.
+#![allow(clippy::unwrap_used)]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use heca_agent::pager::{self, PagerConfig, PagerHandle};
+use heca_agent::sponsor::SponsorServer;
+use heca_agent::store::Store;
+use heca_api::{EvictionChoice, PagerStats, SponsorAddress};
+use heca_lab::heca_binary;
+use heca_types::limits::PAGE_BYTES;
+use heca_types::{ByteSize, Epoch, OwnerId, RegionId};
+use serde_json::{Value, json};
+
+const PAGES: usize = 16_384;
+const LOCAL: ByteSize = ByteSize(16 << 20);
+
+/// One test at a time: they share two processors, and one of them turns swap on.
+static SERIAL: Mutex<()> = Mutex::new(());
+
+/// A directory on tmpfs with sponsors and a RAM file; all of it goes away at the end.
+struct Bench {
+    dir: PathBuf,
+    sponsors: Vec<Option<SponsorServer>>,
+    _serial: MutexGuard<'static, ()>,
+}
+
+impl Bench {
+    fn new(name: &str, sponsors: usize) -> Self {
+        let serial = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = Path::new("/dev/shm").join(format!("heca-test-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let mut bench = Self { dir, sponsors: Vec::new(), _serial: serial };
+        for i in 0..sponsors {
+            let store = Store::open(&bench.dir.join(format!("s{i}")), ByteSize(1 << 30)).unwrap();
+            let server = SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO).unwrap();
+            bench.sponsors.push(Some(server));
+        }
+        File::create_new(bench.ram()).unwrap().set_len((PAGES * PAGE_BYTES) as u64).unwrap();
+        bench
+    }
+
+    fn ram(&self) -> PathBuf {
+        self.dir.join("ram")
+    }
+
+    fn config(&self, pid: i32, replicas: usize, eviction: EvictionChoice) -> PagerConfig {
+        let addresses = self.sponsors.iter().flatten().map(|s| s.address().to_string());
+        PagerConfig {
+            name: "test".to_owned(),
+            pid,
+            ram_file: self.ram(),
+            region: RegionId::random(),
+            owner: OwnerId::random(),
+            epoch: Epoch(1),
+            local: LOCAL,
+            replicas,
+            sponsors: addresses.map(|address| SponsorAddress { address, weight: 1 }).collect(),
+            eviction,
+            prefetch: true,
+            lease_ms: 60_000,
+            spin_us: 0,
+        }
+    }
+
+    fn regions(&self) -> u64 {
+        self.sponsors.iter().flatten().map(|s| s.store().usage().regions).sum()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.sponsors.clear();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// The process whose memory is paged.
+struct Target {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Target {
+    fn start(ram: &Path) -> Self {
+        let mut child = Command::new(heca_binary().unwrap())
+            .args(["bench-target", "--file"])
+            .arg(ram)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let input = child.stdin.take();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+        Self { child, input, output }
+    }
+
+    fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    fn ask(&mut self, order: &Value) {
+        let input = self.input.as_mut().unwrap();
+        writeln!(input, "{order}").unwrap();
+        input.flush().unwrap();
+    }
+
+    fn answer(&mut self) -> Value {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn hammer(&mut self, ms: u64, seed: u64) -> Value {
+        self.ask(&json!({ "Hammer": { "threads": 3, "ms": ms, "seed": seed } }));
+        self.answer()
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.input.take();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn start(config: &PagerConfig) -> PagerHandle {
+    pager::start(config).unwrap_or_else(|error| panic!("{error}: {error:?}"))
+}
+
+fn error_of(config: &PagerConfig) -> heca_api::ApiError {
+    match pager::start(config) {
+        Err(error) => error,
+        Ok(_) => panic!("the pager started"),
+    }
+}
+
+fn hammer_under(eviction: EvictionChoice, name: &str) -> PagerStats {
+    let bench = Bench::new(name, 2);
+    let mut target = Target::start(&bench.ram());
+    let handle = start(&bench.config(target.pid(), 2, eviction));
+    let measured = target.hammer(3000, 1);
+    assert_eq!(measured["wrong"], 0, "{measured}");
+    let stats = handle.stats().unwrap();
+    let counters = &stats.counters;
+    assert_eq!(stats.eviction, name);
+    assert!(stats.gauges.local_pages <= LOCAL.pages(), "{:?}", stats.gauges);
+    assert!(counters.evicted_dirty_pages > 1000, "{counters:?}");
+    assert!(counters.evicted_clean_pages > 0, "{counters:?}");
+    assert!(counters.demand_fetches > 1000, "{counters:?}");
+    drop(target);
+    let last = handle.finish().unwrap();
+    assert_eq!(bench.regions(), 0, "the end of the process frees the sponsors");
+    last
+}
+
+#[test]
+fn every_byte_survives_eviction_by_pageout() {
+    hammer_under(EvictionChoice::Pageout, "pageout");
+}
+
+#[test]
+fn every_byte_survives_eviction_by_io_uring() {
+    hammer_under(EvictionChoice::Uring, "uring");
+}
+
+#[test]
+fn every_byte_survives_eviction_by_write_protection() {
+    hammer_under(EvictionChoice::WriteProtect, "write-protect");
+}
+
+#[test]
+fn every_byte_survives_changes_of_the_budget() {
+    let bench = Bench::new("resize", 2);
+    let mut target = Target::start(&bench.ram());
+    let handle = start(&bench.config(target.pid(), 1, EvictionChoice::Auto));
+    target.ask(&json!({ "Hammer": { "threads": 3, "ms": 3000, "seed": 5 } }));
+    for mib in [48, 16, 64, 20, 40, 16] {
+        handle.resize(ByteSize(mib << 20)).unwrap();
+        std::thread::sleep(Duration::from_millis(400));
+    }
+    let measured = target.answer();
+    assert_eq!(measured["wrong"], 0, "{measured}");
+    assert!(handle.stats().unwrap().gauges.local_pages <= 4096);
+    assert!(handle.resize(ByteSize(1 << 20)).is_err(), "too small a budget is refused");
+    drop(target);
+    handle.finish();
+}
+
+#[test]
+fn a_sponsor_that_ends_loses_nothing_that_is_mirrored() {
+    let mut bench = Bench::new("sponsor-lost", 3);
+    let mut target = Target::start(&bench.ram());
+    let handle = start(&bench.config(target.pid(), 2, EvictionChoice::Auto));
+    target.ask(&json!({ "Hammer": { "threads": 3, "ms": 3000, "seed": 9 } }));
+    std::thread::sleep(Duration::from_millis(1200));
+    bench.sponsors[0].take().unwrap().disconnect();
+    let measured = target.answer();
+    assert_eq!(measured["wrong"], 0, "{measured}");
+    let stats = handle.stats().unwrap();
+    assert!(!stats.sponsors[0].up, "{:?}", stats.sponsors[0]);
+    assert_eq!(stats.gauges.poisoned_pages, 0);
+    drop(target);
+    handle.finish();
+}
+
+#[test]
+fn detaching_brings_everything_back() {
+    let bench = Bench::new("detach", 2);
+    let mut target = Target::start(&bench.ram());
+    let handle = start(&bench.config(target.pid(), 2, EvictionChoice::Auto));
+    let measured = target.hammer(1500, 3);
+    assert_eq!(measured["wrong"], 0, "{measured}");
+    assert!(handle.stats().unwrap().gauges.remote_pages > 4000);
+    // Writers go on while the memory comes back.
+    target.ask(&json!({ "Hammer": { "threads": 3, "ms": 2000, "seed": 4 } }));
+    let stats = handle.detach(|_| true).map_err(|(_, problem)| problem).unwrap();
+    assert_eq!(stats.gauges.remote_pages, 0);
+    assert_eq!(target.answer()["wrong"], 0);
+    assert_eq!(target.hammer(300, 8)["wrong"], 0, "the process goes on without a pager");
+    assert_eq!(bench.regions(), 0);
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", target.pid())).unwrap();
+    let names: Vec<_> = fds.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok()).collect();
+    assert!(!names.iter().any(|n| n.to_string_lossy().contains("userfaultfd")), "{names:?}");
+}
+
+#[test]
+fn memory_written_before_the_pager_came_is_kept() {
+    let bench = Bench::new("late", 2);
+    let mut target = Target::start(&bench.ram());
+    assert_eq!(target.hammer(800, 2)["wrong"], 0);
+    let handle = start(&bench.config(target.pid(), 2, EvictionChoice::Auto));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while handle.stats().unwrap().gauges.local_pages > LOCAL.pages() {
+        assert!(Instant::now() < deadline, "{:?}", handle.stats());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(target.hammer(800, 6)["wrong"], 0);
+    drop(target);
+    handle.finish();
+}
+
+#[test]
+fn what_cannot_be_paged_is_refused_in_words() {
+    let bench = Bench::new("refusals", 1);
+    let target = Target::start(&bench.ram());
+    let good = bench.config(target.pid(), 1, EvictionChoice::Auto);
+
+    let small = PagerConfig { local: ByteSize(1 << 20), ..good.clone() };
+    assert!(error_of(&small).hint.unwrap().contains("16 MiB"));
+
+    let lonely = PagerConfig { replicas: 2, ..good.clone() };
+    assert!(error_of(&lonely).message.contains("2 sponsors; 1 given"));
+
+    let mut twice = lonely.clone();
+    twice.sponsors.push(twice.sponsors[0].clone());
+    assert_eq!(error_of(&twice).code, "same-sponsor");
+
+    let mut nobody = good.clone();
+    nobody.sponsors[0].address = "127.0.0.1:1".to_owned();
+    let error = error_of(&nobody);
+    assert!(error.message.contains("127.0.0.1:1"), "{error}");
+    assert!(error.hint.unwrap().contains("--offer"));
+
+    let other = bench.dir.join("other");
+    std::fs::write(&other, [0; 8192]).unwrap();
+    let unmapped = PagerConfig { ram_file: other, ..good.clone() };
+    assert!(error_of(&unmapped).hint.unwrap().contains("share=on"));
+
+    let second = Target::start(&bench.ram());
+    let error = error_of(&good);
+    assert_eq!(error.code, "second-mapper");
+    assert!(error.message.contains(&second.pid().to_string()), "{error}");
+    drop(second);
+
+    assert_eq!(bench.regions(), 0, "nothing is left behind by what was refused");
+    let handle = start(&good);
+    assert_eq!(error_of(&good).code, "register-failed", "one pager at a time");
+    drop(target);
+    handle.finish();
+}
+
+#[test]
+fn memory_that_is_not_on_tmpfs_is_refused() {
+    let bench = Bench::new("disk", 1);
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = dir.path().join("ram");
+    File::create_new(&file).unwrap().set_len(1 << 20).unwrap();
+    let target = Target::start(&file);
+    let config =
+        PagerConfig { ram_file: file, ..bench.config(target.pid(), 1, EvictionChoice::Auto) };
+    let error = error_of(&config);
+    assert_eq!(error.code, "not-tmpfs");
+    assert!(error.hint.unwrap().contains("/dev/shm"));
+}
+
+/// Swap on a file for the length of a test.
+struct Swap(PathBuf);
+
+impl Swap {
+    fn on() -> Option<Self> {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("swapfile");
+        let done = |program: &str, arguments: &[&str]| {
+            let status = Command::new(program)
+                .args(arguments)
+                .arg(&path)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+            status.is_ok_and(|status| status.success())
+        };
+        std::fs::write(&path, vec![0u8; 8 << 20]).unwrap();
+        let swap = Self(path.clone());
+        (done("chmod", &["600"]) && done("mkswap", &[]) && done("swapon", &[])).then_some(swap)
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        let _ = Command::new("swapoff").arg(&self.0).stderr(Stdio::null()).status();
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn with_swap_on_pageout_is_refused_and_auto_takes_another_way() {
+    let bench = Bench::new("swap", 2);
+    let Some(swap) = Swap::on() else {
+        println!("skipped: no swap can be turned on here");
+        return;
+    };
+    let mut target = Target::start(&bench.ram());
+    let error = error_of(&bench.config(target.pid(), 2, EvictionChoice::Pageout));
+    assert_eq!(error.code, "eviction-unusable");
+    assert!(error.hint.unwrap().contains("swapoff"));
+    let handle = start(&bench.config(target.pid(), 2, EvictionChoice::Auto));
+    assert_eq!(target.hammer(1000, 1)["wrong"], 0);
+    assert_eq!(handle.stats().unwrap().eviction, "uring");
+    drop(target);
+    handle.finish();
+    drop(swap);
+}
