@@ -23,7 +23,7 @@ use crate::rng::Rng;
 /// Ticks between two times of rest.
 const CHAOS_TICKS: u64 = 8_000;
 /// Ticks in which a healed world must come to rest.
-const HEAL_TICKS: u64 = 20_000;
+const HEAL_TICKS: u64 = 100_000;
 /// Ticks in which every page must be home.
 const RESTORE_TICKS: u64 = 100_000;
 /// Ticks without anything under way after which nothing will come any more.
