@@ -115,6 +115,9 @@ impl Link {
                         Body::HelloAck(ack) => Some(*ack),
                         _ => None,
                     })?;
+                    if !(VERSION_MIN..=VERSION_MAX).contains(&ack.version) {
+                        return Err(DecodeError::Version { version: ack.version }.into());
+                    }
                     return Ok((link, ack));
                 }
                 Err(error) => last = error.into(),
@@ -174,9 +177,13 @@ impl Link {
     /// # Errors
     /// See [`LinkError`].
     pub fn send_parts(&mut self, parts: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
+        let deadline = Instant::now() + Duration::from_millis(SILENCE_TIMEOUT_MS);
         self.flush_blocking()?;
         let mut parts = parts;
         while !parts.is_empty() {
+            if Instant::now() > deadline {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
             match self.stream.write_vectored(parts) {
                 Ok(0) => return Err(LinkError::Closed),
                 Ok(n) => {
@@ -290,9 +297,16 @@ impl Link {
         timeout: Duration,
         pick: impl Fn(&Header, &Body<'_>) -> Option<T>,
     ) -> Result<T, LinkError> {
+        let deadline = Instant::now() + timeout;
         self.set_timeout(Some(timeout))?;
         self.flush_blocking()?;
         loop {
+            // For the whole answer: a peer that sends a byte at a time gets no more.
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
             if let Some((header, body)) = self.next_frame()? {
                 if let Body::Error(text) = body {
                     let text = text.to_owned();

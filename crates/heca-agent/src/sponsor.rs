@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use heca_core::sponsor::{OpenRequest, Refusal};
-use heca_types::limits::{CONNECT_TIMEOUT_MS, CONNECTIONS_MAX};
+use heca_types::limits::{CONNECT_TIMEOUT_MS, CONNECTIONS_MAX, PAGE_BYTES};
 use heca_types::{OwnerId, Status};
 use heca_wire::{
     Body, DecodeError, EntryFlags, Header, HelloAck, Kind, OpenAck, PageEntry, PageList, Role,
@@ -18,6 +18,8 @@ use heca_wire::{
 use crate::latency::LatencyHint;
 use crate::link::{Link, LinkError};
 use crate::store::{Store, StoredRegion};
+
+static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// A connection that was used this recently is polled before it is slept on.
 const HOT: Duration = Duration::from_micros(500);
@@ -428,20 +430,18 @@ fn write(
 ) -> Result<PageEntry, Refusal> {
     let (page, version) = (entry.page(), entry.version());
     let content = match bytes {
-        Some(bytes) => {
-            if page_checksum(page, version, bytes) != entry.checksum() {
-                let text = format!("{page} arrived with bytes that do not match its checksum");
-                return Err(Refusal { status: Status::ChecksumMismatch, text });
-            }
-            Some((bytes, entry.checksum()))
-        }
-        None if entry.flags() == EntryFlags::ZERO => None,
+        Some(bytes) => bytes,
+        None if entry.flags() == EntryFlags::ZERO => &ZERO_PAGE,
         None => {
             let text = format!("{page}: a write needs content");
             return Err(Refusal { status: Status::Malformed, text });
         }
     };
-    store.write(region, header.epoch, page, version, content)?;
+    if page_checksum(page, version, content) != entry.checksum() {
+        let text = format!("{page} arrived with bytes that do not match its checksum");
+        return Err(Refusal { status: Status::ChecksumMismatch, text });
+    }
+    store.write(region, header.epoch, page, (version, entry.checksum()), bytes)?;
     // An acknowledgement carries no data: the flag says so to the decoder's size rule.
     Ok(entry.with_flags(EntryFlags::default()))
 }

@@ -24,6 +24,8 @@ use serde::{Deserialize, Serialize};
 const META_BYTES: u64 = 16;
 const SLOT_META_BYTES: u64 = EXTENT_PAGES * META_BYTES;
 const SLOT_BYTES: u64 = SLOT_META_BYTES + EXTENT_BYTES;
+/// Metadata that a region may have however small its quota is.
+const META_BYTES_FREE: u64 = 1 << 20;
 const PRESENT: u32 = 1;
 const ZERO: u32 = 2;
 
@@ -285,6 +287,15 @@ impl Store {
     /// # Errors
     /// As there, and those of the store's files.
     pub fn open_region(&self, request: &OpenRequest) -> Result<(u64, u64), Refusal> {
+        let meta_bytes = request.extents.len() as u64 * SLOT_META_BYTES;
+        if meta_bytes > request.quota_bytes.max(META_BYTES_FREE) {
+            let text = format!(
+                "a quota of {} bytes is too small for {} extents",
+                request.quota_bytes,
+                request.extents.len()
+            );
+            return Err(Refusal { status: Status::OverQuota, text });
+        }
         let known = self.region(request.region);
         // Wait until no request of the former epoch is under way.
         let mut gate =
@@ -416,8 +427,8 @@ impl Store {
         region: &StoredRegion,
         epoch: Epoch,
         page: PageIndex,
-        version: PageVersion,
-        content: Option<(&[u8], u32)>,
+        (version, checksum): (PageVersion, u32),
+        content: Option<&[u8]>,
     ) -> Result<(), Refusal> {
         let slot = region.slot(page)?;
         let mut guard = lock(&slot.meta);
@@ -426,13 +437,13 @@ impl Store {
         });
         let old = metas[page.within_extent()];
         check_version(old.is_present().then_some(PageVersion(old.version)), version)?;
-        let (flags, checksum) = content.map_or((PRESENT | ZERO, 0), |(_, sum)| (PRESENT, sum));
+        let flags = if content.is_some() { PRESENT } else { PRESENT | ZERO };
         let new = PageMeta { version: version.0, checksum, flags };
         if new.has_bytes() && !old.has_bytes() {
             lock(&self.sponsor).claim_page(region.id, epoch)?;
         }
         let written = match content {
-            Some((bytes, _)) => region.file.write_all_at(bytes, slot.data_offset(page)),
+            Some(bytes) => region.file.write_all_at(bytes, slot.data_offset(page)),
             None if old.has_bytes() => region.punch(&slot, page),
             None => Ok(()),
         }

@@ -1,75 +1,32 @@
 //! Life cycle of the VMs of a host.
 
+mod launch;
+mod process;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use heca_api::{
-    AccelChoice, ApiError, Client, Network, PagerState, PagerStats, Resize, VmInfo, VmRequest,
-    VmState,
-};
+use heca_api::{AccelChoice, ApiError, Client, PagerStats, Resize, VmInfo, VmRequest, VmState};
 use heca_types::{Epoch, OwnerId, RegionId};
-use heca_vmm::command_line::{self, Boot, VmPaths, VmSpec};
+use heca_vmm::command_line::{VmPaths, VmSpec};
 use heca_vmm::host;
 use heca_vmm::qmp::Qmp;
-use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::AgentConfig;
 use crate::pager::{PagerConfig, check_budget};
 
+use launch::{connect_qmp, spec_of, start_pager, start_qemu};
+use process::Process;
+
 const QMP_TIMEOUT: Duration = Duration::from_secs(30);
 const PAGER_START_TIMEOUT: Duration = Duration::from_secs(30);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A process that may not be our child: it may have been started by a former agent.
-#[derive(Debug)]
-struct Process {
-    pid: i32,
-    pidfd: OwnedFd,
-    child: Mutex<Option<Child>>,
-}
-
-impl Process {
-    fn own(child: Child) -> std::io::Result<Self> {
-        let pid = child.id() as i32;
-        let pidfd = heca_sys::process::open_pidfd(pid)?;
-        Ok(Self { pid, pidfd, child: Mutex::new(Some(child)) })
-    }
-
-    fn adopt(pid: i32, start_time: u64) -> Option<Self> {
-        let pidfd = heca_sys::process::open_pidfd(pid).ok()?;
-        let same = heca_sys::process::start_time(pid) == Some(start_time);
-        same.then_some(Self { pid, pidfd, child: Mutex::new(None) })
-    }
-
-    /// Waits for the end of the process, at most this long.
-    fn wait(&self, timeout: Duration) -> bool {
-        use rustix::event::{PollFd, PollFlags, poll};
-        let timeout = rustix::time::Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        };
-        let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
-        let ended = matches!(poll(&mut fds, Some(&timeout)), Ok(1));
-        if ended && let Some(mut child) = lock(&self.child).take() {
-            let _ = child.wait();
-        }
-        ended
-    }
-
-    fn kill(&self) {
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-        self.wait(EXIT_TIMEOUT);
-    }
-}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -81,7 +38,8 @@ struct Record {
     request: VmRequest,
     accel: String,
     qemu: (i32, u64),
-    pager: (i32, u64),
+    /// `None` while the VM is being started.
+    pager: Option<(i32, u64)>,
 }
 
 #[derive(Debug)]
@@ -96,6 +54,8 @@ struct Vm {
     dir: PathBuf,
     ram_file: PathBuf,
     accel: Mutex<String>,
+    /// Held while the VM is being started.
+    starting: Mutex<()>,
     state: Mutex<VmState>,
     problem: Mutex<Option<String>>,
     running: Mutex<Option<Running>>,
@@ -112,6 +72,8 @@ pub struct VmManager {
     lease_ms: u64,
     owner: OwnerId,
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
+    /// Set when the agent ends: no VM is started any more.
+    closing: AtomicBool,
 }
 
 fn io_error(what: &str, path: &Path, error: &std::io::Error) -> ApiError {
@@ -145,6 +107,14 @@ impl Vm {
         self.dir.join("vm.json")
     }
 
+    fn write_record(&self, record: &Record) -> Result<(), ApiError> {
+        let (path, new) = (self.record(), self.dir.join("vm.json.new"));
+        let bytes = serde_json::to_vec(record).expect("plain data can be written as JSON");
+        fs::write(&new, bytes)
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(|error| io_error("write", &path, &error))
+    }
+
     /// Frees what only a running VM needs; logs and last figures stay.
     fn clean_up_runtime(&self) {
         let paths = self.paths();
@@ -175,10 +145,11 @@ impl Vm {
     fn info(&self, pager: Option<PagerStats>) -> VmInfo {
         let request = lock(&self.request).clone();
         let paths = self.paths();
+        let state = *lock(&self.state);
         let running = lock(&self.running);
         VmInfo {
             name: request.name,
-            state: *lock(&self.state),
+            state,
             memory: request.memory,
             local: request.local,
             replicas: request.replicas,
@@ -207,6 +178,7 @@ impl VmManager {
             lease_ms: config.lease_ms,
             owner: OwnerId::random(),
             vms: Mutex::default(),
+            closing: AtomicBool::new(false),
         };
         fs::create_dir_all(&manager.run_dir)?;
         manager.adopt_all();
@@ -224,12 +196,20 @@ impl VmManager {
                 continue;
             };
             let vm = Arc::new(self.describe(&record.request));
-            let pager = Process::adopt(record.pager.0, record.pager.1).map(Arc::new);
+            let pager =
+                record.pager.and_then(|(pid, time)| Process::adopt(pid, time)).map(Arc::new);
             let Some(qemu) = Process::adopt(record.qemu.0, record.qemu.1) else {
                 vm.clean_up_runtime();
                 let _ = fs::remove_dir_all(&dir);
                 continue;
             };
+            if record.pager.is_none() {
+                // The agent ended while it started this VM: the guest has not run yet.
+                qemu.kill();
+                vm.clean_up_runtime();
+                let _ = fs::remove_dir_all(&dir);
+                continue;
+            }
             tracing::info!(vm = record.request.name, "took back a running VM");
             *lock(&vm.accel) = record.accel;
             *lock(&vm.state) = if pager.is_some() { VmState::Running } else { VmState::PagerLost };
@@ -246,6 +226,7 @@ impl VmManager {
             ram_file: self.memory_dir.join(format!("{}.ram", request.name)),
             request: Mutex::new(request.clone()),
             accel: Mutex::default(),
+            starting: Mutex::default(),
             state: Mutex::new(VmState::Starting),
             problem: Mutex::default(),
             running: Mutex::default(),
@@ -342,15 +323,33 @@ impl VmManager {
             }
             vms.insert(request.name.clone(), vm.clone());
         }
-        let started = self.start(&vm, request, &spec, &qemu);
-        if let Err(error) = started {
+        // Whoever stops the VM waits for this.
+        let starting = lock(&vm.starting);
+        if let Err(error) = self.start(&vm, request, &spec, &qemu) {
             vm.kill_all();
-            vm.clean_up_runtime();
-            let _ = fs::remove_dir_all(&vm.dir);
-            lock(&self.vms).remove(&request.name);
+            self.forget(&vm);
             return Err(error);
         }
         watch(&vm);
+        drop(starting);
+        Ok(())
+    }
+
+    /// Removes a VM that has ended, with its files, unless its name is in use again.
+    fn forget(&self, vm: &Arc<Vm>) {
+        let name = lock(&vm.request).name.clone();
+        let mut vms = lock(&self.vms);
+        if vms.get(&name).is_some_and(|current| Arc::ptr_eq(current, vm)) {
+            vm.clean_up_runtime();
+            let _ = fs::remove_dir_all(&vm.dir);
+            vms.remove(&name);
+        }
+    }
+
+    fn refuse_if_closing(&self) -> Result<(), ApiError> {
+        if self.closing.load(Ordering::SeqCst) {
+            return Err(ApiError::new("closing", "the agent is ending"));
+        }
         Ok(())
     }
 
@@ -380,8 +379,19 @@ impl VmManager {
             .mode(0o600)
             .open(&paths.ram_file)
             .map_err(|error| io_error("create", &paths.ram_file, &error))?;
+        self.refuse_if_closing()?;
         let qemu_process = start_qemu(vm, spec, qemu, &paths)?;
         *lock(&vm.running) = Some(Running { qemu: qemu_process.clone(), pager: None });
+        let identity = |process: &Process| {
+            (process.pid, heca_sys::process::start_time(process.pid).unwrap_or(0))
+        };
+        let mut record = Record {
+            request: request.clone(),
+            accel: lock(&vm.accel).clone(),
+            qemu: identity(&qemu_process),
+            pager: None,
+        };
+        vm.write_record(&record)?;
         let mut qmp = connect_qmp(vm, &qemu_process)?;
 
         let config = PagerConfig {
@@ -400,18 +410,10 @@ impl VmManager {
             spin_us: self.spin.as_micros() as u64,
         };
         let pager = start_pager(vm, &config)?;
-        let identity = |process: &Process| {
-            (process.pid, heca_sys::process::start_time(process.pid).unwrap_or(0))
-        };
-        let record = Record {
-            request: request.clone(),
-            accel: lock(&vm.accel).clone(),
-            qemu: identity(&qemu_process),
-            pager: identity(&pager),
-        };
+        record.pager = Some(identity(&pager));
         *lock(&vm.running) = Some(Running { qemu: qemu_process, pager: Some(pager) });
-        let bytes = serde_json::to_vec(&record).expect("plain data can be written as JSON");
-        fs::write(vm.record(), bytes).map_err(|error| io_error("write", &vm.record(), &error))?;
+        vm.write_record(&record)?;
+        self.refuse_if_closing()?;
         qmp.cont().map_err(|error| ApiError::new("qemu-failed", error.to_string()))?;
         *lock(&vm.qmp) = Some(qmp);
         *lock(&vm.state) = VmState::Running;
@@ -425,6 +427,7 @@ impl VmManager {
     /// An unknown name.
     pub fn stop(&self, name: &str, grace_ms: u64) -> Result<VmInfo, ApiError> {
         let vm = self.find(name)?;
+        let _starting = lock(&vm.starting);
         let qemu = lock(&vm.running).as_ref().map(|running| running.qemu.clone());
         if let Some(qemu) = qemu {
             let mut qmp = lock(&vm.qmp);
@@ -441,146 +444,18 @@ impl VmManager {
             qemu.wait(Duration::from_secs(5));
         }
         vm.kill_all();
-        // The watcher may be at it, too; both only take files away.
         end(&vm);
         let info = vm.info(None);
-        let _ = fs::remove_dir_all(&vm.dir);
-        lock(&self.vms).remove(name);
+        self.forget(&vm);
         tracing::info!(vm = name, "VM stopped");
         Ok(info)
     }
 
-    /// Stops all VMs at once.
+    /// Stops all VMs at once, and lets no new one start.
     pub fn stop_all(&self) {
+        self.closing.store(true, Ordering::SeqCst);
         for name in self.names() {
             let _ = self.stop(&name, 0);
-        }
-    }
-}
-
-fn spec_of(request: &VmRequest, accel: command_line::Accel) -> Result<VmSpec, ApiError> {
-    let boot = match (&request.boot.kernel, request.boot.disks.is_empty()) {
-        (Some(kernel), _) => {
-            Boot::Kernel { kernel: kernel.clone(), initrd: request.boot.initrd.clone() }
-        }
-        (None, false) => Boot::Disk,
-        (None, true) => {
-            return Err(ApiError::new("nothing-to-boot", "the VM has nothing to start from")
-                .hint("give --kernel FILE (and --initrd FILE), or --disk FILE"));
-        }
-    };
-    let spec = VmSpec {
-        name: request.name.clone(),
-        memory: request.memory,
-        vcpus: request.vcpus,
-        accel,
-        boot,
-        append: request.boot.append.clone(),
-        disks: request.boot.disks.clone(),
-        network: match request.network {
-            Network::None => command_line::Network::None,
-            Network::User => command_line::Network::User,
-        },
-        extra_args: request.qemu_args.clone(),
-    };
-    command_line::validate(&spec)
-        .map_err(|error| ApiError::new("bad-request", error.to_string()))?;
-    Ok(spec)
-}
-
-/// Starts a program in a process group of its own, so that a Ctrl-C in the agent's terminal does
-/// not reach it.
-fn spawn(command: &mut Command, log: &Path) -> Result<Child, ApiError> {
-    let open = || File::options().create(true).append(true).mode(0o600).open(log);
-    let file = open().map_err(|error| io_error("create", log, &error))?;
-    let program = PathBuf::from(command.get_program());
-    command
-        .stdin(Stdio::null())
-        .stderr(file)
-        .process_group(0)
-        .spawn()
-        .map_err(|error| io_error("start", &program, &error))
-}
-
-fn start_qemu(
-    vm: &Vm,
-    spec: &VmSpec,
-    qemu: &Path,
-    paths: &VmPaths,
-) -> Result<Arc<Process>, ApiError> {
-    let log = vm.dir.join("qemu.log");
-    let mut command = Command::new(qemu);
-    command.args(command_line::qemu_arguments(spec, paths)).stdout(Stdio::null());
-    let child = spawn(&mut command, &log)?;
-    Process::own(child).map(Arc::new).map_err(|error| io_error("watch", qemu, &error))
-}
-
-/// Connects to QEMU's monitor; when QEMU ends instead, its own words are the error.
-fn connect_qmp(vm: &Vm, qemu: &Process) -> Result<Qmp, ApiError> {
-    let socket = vm.paths().qmp_socket;
-    let deadline = Instant::now() + QMP_TIMEOUT;
-    loop {
-        let problem = match Qmp::connect(&socket, Duration::from_millis(500)) {
-            Ok(mut qmp) => {
-                qmp.set_timeout(QMP_TIMEOUT);
-                return Ok(qmp);
-            }
-            Err(error) => error,
-        };
-        if qemu.wait(Duration::ZERO) {
-            return Err(ApiError::new("qemu-failed", "QEMU ended at once")
-                .detail(tail(&vm.dir.join("qemu.log"))));
-        }
-        if Instant::now() > deadline {
-            return Err(ApiError::new("qemu-silent", "QEMU's monitor does not answer")
-                .detail(problem.to_string()));
-        }
-    }
-}
-
-/// The last lines of a log.
-fn tail(path: &Path) -> String {
-    let mut text = String::new();
-    if let Ok(mut file) = File::open(path) {
-        let len = file.metadata().map_or(0, |m| m.len());
-        let _ = file.seek(SeekFrom::Start(len.saturating_sub(2000)));
-        let _ = file.read_to_string(&mut text);
-    }
-    text.trim().to_owned()
-}
-
-fn start_pager(vm: &Vm, config: &PagerConfig) -> Result<Arc<Process>, ApiError> {
-    let program = std::env::current_exe().map_err(|error| {
-        ApiError::new("io", "cannot find my own program").detail(error.to_string())
-    })?;
-    let file = vm.dir.join("pager.json");
-    let bytes = serde_json::to_vec(config).expect("plain data can be written as JSON");
-    fs::write(&file, bytes).map_err(|error| io_error("write", &file, &error))?;
-    let log = vm.dir.join("pager.log");
-    let mut command = Command::new(program);
-    command.arg("pager").arg("--config").arg(&file).arg("--socket").arg(vm.pager_socket());
-    command.arg("--last").arg(vm.pager_last()).stdout(Stdio::piped());
-    let mut child = spawn(&mut command, &log)?;
-    let stdout = child.stdout.take().expect("standard output is piped");
-    let process = Process::own(child)
-        .map(Arc::new)
-        .map_err(|error| io_error("watch", &vm.pager_socket(), &error))?;
-    let (sender, receiver) = crossbeam_channel::bounded(1);
-    std::thread::spawn(move || {
-        let mut line = String::new();
-        let _ = BufReader::new(stdout).read_line(&mut line);
-        let _ = sender.send(line);
-    });
-    let line = receiver.recv_timeout(PAGER_START_TIMEOUT).unwrap_or_default();
-    match serde_json::from_str::<PagerState>(&line) {
-        Ok(PagerState::Ready) => Ok(process),
-        Ok(PagerState::Failed { error }) => {
-            process.wait(EXIT_TIMEOUT);
-            Err(error)
-        }
-        Err(_) => {
-            process.kill();
-            Err(ApiError::new("pager-failed", "the pager did not start").detail(tail(&log)))
         }
     }
 }
@@ -616,8 +491,12 @@ fn watch(vm: &Arc<Vm>) {
     });
 }
 
-/// QEMU and pager ended.
+/// QEMU and pager ended. Done once: later the name, and with it the files, may be another VM's.
 fn end(vm: &Vm) {
+    let mut state = lock(&vm.state);
+    if *state == VmState::Stopped {
+        return;
+    }
     if let Ok(bytes) = fs::read(vm.pager_last())
         && let Ok(stats) = serde_json::from_slice(&bytes)
     {
@@ -626,5 +505,5 @@ fn end(vm: &Vm) {
     vm.clean_up_runtime();
     lock(&vm.qmp).take();
     lock(&vm.running).take();
-    *lock(&vm.state) = VmState::Stopped;
+    *state = VmState::Stopped;
 }

@@ -39,6 +39,9 @@ fn sponsor(dir: &Dir, offer: u64) -> SponsorServer {
     SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO).unwrap()
 }
 
+/// An entry of a reply and its data.
+type Page = (PageEntry, Option<Vec<u8>>);
+
 struct Client {
     link: Link,
     owner: OwnerId,
@@ -72,7 +75,7 @@ impl Client {
         kind: Kind,
         entries: &[PageEntry],
         data: &[u8],
-    ) -> Result<Vec<(PageEntry, Option<Vec<u8>>)>, LinkError> {
+    ) -> Result<Vec<Page>, LinkError> {
         encode_pages(self.header(kind), entries, data, self.link.output());
         self.link.request(TIMEOUT, |_, body| match body {
             Body::Pages(list) => {
@@ -134,7 +137,10 @@ fn zero_pages_take_no_memory_and_discard_frees() {
     client.write(1, 1, 3).unwrap();
     client.write(2, 1, 4).unwrap();
     assert_eq!(server.store().usage().stored, 2 * PAGE_BYTES as u64);
-    let zero = PageEntry::new(PageIndex(1), PageVersion(2)).with_flags(EntryFlags::ZERO);
+    let (page, version) = (PageIndex(1), PageVersion(2));
+    let zero = PageEntry::new(page, version)
+        .with_flags(EntryFlags::ZERO)
+        .with_checksum(page_checksum(page, version, &[0; PAGE_BYTES]));
     client.pages(Kind::Write, &[zero], &[]).unwrap();
     assert_eq!(server.store().usage().stored, PAGE_BYTES as u64);
     let asked = PageEntry::new(PageIndex(1), PageVersion(2));

@@ -4,18 +4,21 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use heca_agent::link::Link;
 use heca_agent::pager::{self, PagerConfig, PagerHandle};
 use heca_agent::sponsor::SponsorServer;
 use heca_agent::store::Store;
 use heca_api::{EvictionChoice, PagerStats, SponsorAddress};
 use heca_lab::heca_binary;
 use heca_types::limits::PAGE_BYTES;
-use heca_types::{ByteSize, Epoch, OwnerId, RegionId};
+use heca_types::{ByteSize, Epoch, OwnerId, PageIndex, PageVersion, RegionId};
+use heca_wire::{Header, Kind, PageEntry, Role, encode_pages};
 use serde_json::{Value, json};
 
 const PAGES: usize = 16_384;
@@ -225,8 +228,8 @@ fn detaching_brings_everything_back() {
     assert!(handle.stats().unwrap().gauges.remote_pages > 4000);
     // Writers go on while the memory comes back.
     target.ask(&json!({ "Hammer": { "threads": 3, "ms": 2000, "seed": 4 } }));
-    let stats = handle.detach(|_| true).map_err(|(_, problem)| problem).unwrap();
-    assert_eq!(stats.gauges.remote_pages, 0);
+    let stats = handle.detach(|_| true).map_err(|returned| returned.1).unwrap();
+    assert_eq!(stats.unwrap().gauges.remote_pages, 0);
     assert_eq!(target.answer()["wrong"], 0);
     assert_eq!(target.hammer(300, 8)["wrong"], 0, "the process goes on without a pager");
     assert_eq!(bench.regions(), 0);
@@ -289,6 +292,70 @@ fn what_cannot_be_paged_is_refused_in_words() {
     assert_eq!(error_of(&good).code, "register-failed", "one pager at a time");
     drop(target);
     handle.finish();
+}
+
+/// A sponsor that forgets pages: a second client of the same owner discards them all.
+fn discard_everything(config: &PagerConfig, address: &str) {
+    let (mut link, _) = Link::connect(address, Role::WriteBack, config.owner).unwrap();
+    for first in (0..PAGES as u64).step_by(64) {
+        let entries: Vec<PageEntry> =
+            (first..first + 64).map(|p| PageEntry::new(PageIndex(p), PageVersion(1))).collect();
+        let header = Header::new(Kind::Discard, config.region, config.epoch, first);
+        encode_pages(header, &entries, &[], link.output());
+        link.request(Duration::from_secs(5), |header, _| {
+            (header.kind == Kind::DiscardAck).then_some(())
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn a_page_that_no_sponsor_has_is_a_memory_error_and_never_zeros() {
+    let bench = Bench::new("poison", 2);
+    let mut target = Target::start(&bench.ram());
+    let config = bench.config(target.pid(), 2, EvictionChoice::Auto);
+    let handle = start(&config);
+    target.ask(&json!({ "Write": { "first": 0, "end": PAGES } }));
+    target.answer();
+    discard_everything(&config, &config.sponsors[0].address);
+    // One copy of each page is left: nobody notices.
+    let order = |seed: u64| {
+        json!({ "Touch": { "first": 0, "end": PAGES / 2, "count": 500, "seed": seed,
+                           "written": true } })
+    };
+    target.ask(&order(3));
+    assert_eq!(target.answer()["wrong"], 0);
+    discard_everything(&config, &config.sponsors[1].address);
+    target.ask(&order(4));
+    let status = target.child.wait().unwrap();
+    assert_eq!(status.signal(), Some(7), "ended by SIGBUS, not by reading something: {status}");
+    let stats = handle.finish().unwrap();
+    assert!(stats.counters.poisoned_pages > 0);
+}
+
+#[test]
+fn locked_memory_is_refused() {
+    let bench = Bench::new("locked", 1);
+    let script = format!(
+        "import mmap,ctypes,sys\nf=open('{}','r+b')\nm=mmap.mmap(f.fileno(),0)\n\
+         ctypes.CDLL(None).mlockall(1)\nprint('ready',flush=True)\nsys.stdin.read()\n",
+        bench.ram().display()
+    );
+    let Ok(mut child) = Command::new("python3")
+        .args(["-c", &script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+    else {
+        println!("skipped: no python3");
+        return;
+    };
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let error = error_of(&bench.config(child.id() as i32, 1, EvictionChoice::Auto));
+    let _ = child.kill();
+    let _ = child.wait();
+    assert_eq!(error.code, "memory-locked");
 }
 
 #[test]

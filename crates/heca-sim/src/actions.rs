@@ -107,6 +107,7 @@ pub(crate) fn event_page(event: Event) -> Option<PageIndex> {
         | Event::Punched { page, .. } => Some(page),
         Event::SponsorDown { .. }
         | Event::SponsorUp { .. }
+        | Event::SponsorEmptied { .. }
         | Event::SetBudget { .. }
         | Event::Restore
         | Event::Tick => None,

@@ -5,7 +5,7 @@ use heca_types::PageVersion;
 use heca_types::limits::LEASE_MS_MIN;
 
 use crate::history::What;
-use crate::network::{EPOCH, EPOCH_OLD, LANES, Note, Request, open_request, region_id};
+use crate::network::{EPOCH, EPOCH_OLD, LANES, Note, Request, open_request, region, region_id};
 use crate::oracle::Check;
 use crate::params::{BUDGET_MAX, BUDGET_MIN};
 use crate::report::Mark;
@@ -206,10 +206,29 @@ impl World {
         }
         self.nodes[sponsor].restart(self.tick);
         self.note(None, What::Restarted { sponsor: sponsor as u8 });
+        if self.chaos && self.rng.one_in(8) {
+            self.empty(sponsor);
+        }
         self.inbox.push_back(Event::SponsorUp { sponsor: sponsor as u8 }.into());
         while !self.nodes[sponsor].late.is_empty() && self.rng.one_in(2) {
             self.late_frame(sponsor);
         }
+    }
+
+    /// A sponsor comes back without what it held. Pages of which it had the only copy are lost.
+    fn empty(&mut self, sponsor: usize) {
+        self.stats.mark(Mark::Emptied);
+        for slot in 0..self.nodes[sponsor].store.len() {
+            let Some(stored) = self.nodes[sponsor].store[slot].take() else { continue };
+            self.nodes[sponsor].machine.release_pages(region(), 1);
+            let another = self.nodes.iter().any(|node| {
+                node.store[slot].is_some_and(|s| s.version >= stored.version && !s.rotten)
+            });
+            if !another {
+                self.oracle.lost[slot] = true;
+            }
+        }
+        self.inbox.push_back(Event::SponsorEmptied { sponsor: sponsor as u8 }.into());
     }
 
     pub(crate) fn restart_all(&mut self) {

@@ -42,6 +42,7 @@ marks! {
     FetchSpoilt => "sim_fetches_spoilt",
     Rotted => "sim_copies_rotted",
     Lost => "sim_pages_lost_on_all_sponsors",
+    Emptied => "sim_sponsors_emptied",
     PoisonHit => "sim_poison_hits",
     ZombieRefused => "sim_old_owner_refused",
     RegionRefused => "sim_regions_refused_over_offer",

@@ -120,6 +120,23 @@ pub fn lock_memory() -> io::Result<()> {
         .map_err(Into::into)
 }
 
+/// Ignores every signal that a terminal, a log-out or an operator may send to end a process, for
+/// one whose end would leave another process standing still.
+pub fn ignore_endings() {
+    for signal in
+        [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2]
+    {
+        // SAFETY: to ignore a signal runs no code of ours.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Lets this process end quietly when the reader of its output went away (`heca sim | head`).
+pub fn end_on_broken_pipe() {
+    // SAFETY: restores the system's own handling of the signal; no code of ours runs.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// Has the kernel send this process a signal when its parent ends.
 ///
 /// # Errors

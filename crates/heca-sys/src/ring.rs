@@ -152,6 +152,9 @@ pub struct RemoteRing {
     sq: RingMemory,
     cq: RingMemory,
     sqes: RingMemory,
+    /// Requests without a completion. None may be left when a batch begins: their completions
+    /// would be taken for those of the batch.
+    outstanding: usize,
 }
 
 impl std::fmt::Debug for Params {
@@ -175,6 +178,7 @@ impl RemoteRing {
             sqes: RingMemory::map(&fd, sqe_bytes, OFFSET_SQES)?,
             fd,
             params,
+            outstanding: 0,
         })
     }
 
@@ -184,12 +188,15 @@ impl RemoteRing {
     /// `ETIMEDOUT` when the kernel thread does not answer, as it is gone with its process; the
     /// first error of a request.
     pub fn unmap(&mut self, ranges: &[(u64, u64)]) -> io::Result<()> {
+        // After a timeout, completions of that batch may still come.
+        self.collect()?;
         for chunk in ranges.chunks(ENTRIES as usize) {
             for &(start, len) in chunk {
                 self.push(start, len);
             }
+            self.outstanding = chunk.len();
             self.submit()?;
-            self.collect(chunk.len())?;
+            self.collect()?;
         }
         Ok(())
     }
@@ -242,13 +249,14 @@ impl RemoteRing {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    fn collect(&self, count: usize) -> io::Result<()> {
+    /// Takes the completions of all outstanding requests.
+    fn collect(&mut self) -> io::Result<()> {
         let deadline = Instant::now() + BATCH_TIMEOUT;
         let mask = self.cq.word(self.params.cq.ring_mask).load(Ordering::Relaxed);
-        let head_word = self.cq.word(self.params.cq.head);
         let mut outcome = Ok(());
         let mut spins = 0u32;
-        for _ in 0..count {
+        while self.outstanding > 0 {
+            let head_word = self.cq.word(self.params.cq.head);
             let head = head_word.load(Ordering::Relaxed);
             while self.cq.word(self.params.cq.tail).load(Ordering::Acquire) == head {
                 spins += 1;
@@ -269,6 +277,7 @@ impl RemoteRing {
                 outcome = Err(io::Error::from_raw_os_error(-completion.result));
             }
             head_word.store(head.wrapping_add(1), Ordering::Release);
+            self.outstanding -= 1;
         }
         outcome
     }

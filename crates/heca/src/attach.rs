@@ -1,5 +1,6 @@
 //! `heca attach`.
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +13,13 @@ use heca_types::{Epoch, OwnerId, RegionId};
 use crate::cli::AttachArguments;
 use crate::output;
 
-/// Counts SIGINT and SIGTERM instead of dying from them: the process would be left standing still.
+/// Tells the person at the terminal, if there still is one.
+macro_rules! say {
+    ($($words:tt)*) => {{ let _ = writeln!(std::io::stderr(), $($words)*); }};
+}
+
+/// Counts the signals that end a process instead of dying from them: the attached process would be
+/// left standing still.
 fn count_signals() -> anyhow::Result<Arc<AtomicUsize>> {
     let count = Arc::new(AtomicUsize::new(0));
     let counted = count.clone();
@@ -21,14 +28,22 @@ fn count_signals() -> anyhow::Result<Arc<AtomicUsize>> {
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         runtime.block_on(async {
             use tokio::signal::unix::{SignalKind, signal};
-            let signals = signal(SignalKind::interrupt())
-                .and_then(|interrupt| Ok((interrupt, signal(SignalKind::terminate())?)));
-            let Ok((mut interrupt, mut terminate)) = signals else { return };
+            let take = || {
+                Ok::<_, std::io::Error>((
+                    signal(SignalKind::interrupt())?,
+                    signal(SignalKind::terminate())?,
+                    signal(SignalKind::hangup())?,
+                    signal(SignalKind::quit())?,
+                ))
+            };
+            let Ok((mut interrupt, mut terminate, mut hangup, mut quit)) = take() else { return };
             let _ = ready.send(());
             loop {
                 tokio::select! {
                     _ = interrupt.recv() => {}
                     _ = terminate.recv() => {}
+                    _ = hangup.recv() => {}
+                    _ = quit.recv() => {}
                 }
                 counted.fetch_add(1, Ordering::Relaxed);
             }
@@ -55,39 +70,38 @@ pub fn run(arguments: &AttachArguments) -> anyhow::Result<ExitCode> {
         lease_ms: LEASE_MS_DEFAULT,
         spin_us: arguments.spin_us,
     };
-    if let Err(error) = heca_sys::process::lock_memory() {
-        tracing::warn!(%error, "memory is not locked: faults may wait for swap");
-    }
+    pager::protect_process();
     let mut handle = pager::start(&config)?;
-    eprintln!("attached to process {}; Ctrl-C brings its memory back and detaches", config.pid);
+    say!("attached to process {}; Ctrl-C brings its memory back and detaches", config.pid);
     let mut seen = 0;
     loop {
         let ended = handle.ended().recv_timeout(Duration::from_secs(1))
             == Err(crossbeam_channel::RecvTimeoutError::Disconnected);
         if ended {
             let stats = handle.finish();
-            eprintln!("process {} ended", config.pid);
+            say!("process {} ended", config.pid);
             return report(arguments, stats.as_ref());
         }
         let count = signals.load(Ordering::Relaxed);
         if count > seen {
             seen = count;
-            eprintln!("bringing memory back (Ctrl-C again gives up and goes on paging)");
+            say!("bringing memory back (Ctrl-C again gives up and goes on paging)");
             let mut last = u64::MAX;
             let outcome = handle.detach(|remote| {
                 if remote != last {
                     last = remote;
-                    eprintln!("  {remote} pages are remote");
+                    say!("  {remote} pages are remote");
                 }
                 signals.load(Ordering::Relaxed) == seen
             });
             match outcome {
                 Ok(stats) => {
-                    eprintln!("detached from process {}", config.pid);
-                    return report(arguments, Some(&stats));
+                    say!("detached from process {}", config.pid);
+                    return report(arguments, stats.as_ref());
                 }
-                Err((still, problem)) => {
-                    eprintln!("not detached: {problem}");
+                Err(returned) => {
+                    let (still, problem) = *returned;
+                    say!("not detached: {problem}");
                     seen = signals.load(Ordering::Relaxed);
                     handle = still;
                 }
@@ -96,11 +110,10 @@ pub fn run(arguments: &AttachArguments) -> anyhow::Result<ExitCode> {
         if arguments.watch
             && let Some(stats) = handle.stats()
         {
-            if arguments.json {
-                println!("{}", serde_json::to_string(&stats)?);
-            } else {
-                println!("{}", output::line(&stats));
-            }
+            let line =
+                if arguments.json { serde_json::to_string(&stats)? } else { output::line(&stats) };
+            // Whoever read it may have gone; the process still needs its pager.
+            let _ = writeln!(std::io::stdout(), "{line}");
         }
     }
 }

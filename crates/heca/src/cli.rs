@@ -8,7 +8,7 @@ use heca_agent::agent::AgentConfig;
 use heca_api::{AccelChoice, EvictionChoice, Network, SponsorAddress};
 use heca_core::pager::Mutation;
 use heca_types::ByteSize;
-use heca_types::limits::{LEASE_MS_DEFAULT, LEASE_MS_MAX, LEASE_MS_MIN};
+use heca_types::limits::{LEASE_MS_DEFAULT, LEASE_MS_MAX};
 
 /// Default directory of the agent's socket.
 pub const RUN_DIR: &str = "/run/heca";
@@ -71,7 +71,7 @@ pub struct AgentArguments {
     spin_us: u64,
     /// How long sponsors keep the memory of a VM of this host that vanished, in milliseconds.
     #[arg(long, default_value_t = LEASE_MS_DEFAULT, value_name = "MILLISECONDS",
-          value_parser = clap::value_parser!(u64).range(LEASE_MS_MIN..=LEASE_MS_MAX))]
+          value_parser = clap::value_parser!(u64).range(30_000..=LEASE_MS_MAX))]
     lease_ms: u64,
 }
 

@@ -16,12 +16,18 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // A pager must outlive whoever reads its words; the others need not.
+    if !matches!(cli.command, Command::Agent(_) | Command::Pager(_) | Command::Attach(_)) {
+        heca_sys::process::end_on_broken_pipe();
+    }
     let default =
         if matches!(cli.command, Command::Agent(_) | Command::Pager(_)) { "info" } else { "warn" };
     let filter = EnvFilter::try_from_env("HECA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // A full disk under the log must not panic the thread that logs.
+        .log_internal_errors(false)
         .with_target(false)
         .with_ansi(rustix::termios::isatty(std::io::stderr()))
         .init();

@@ -32,8 +32,6 @@ use crate::link::{Link, LinkError};
 /// Longest sleep: retries, time limits and rates are looked at this often.
 const TICK: Duration = Duration::from_millis(100);
 
-static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-
 /// What the other threads tell the engine.
 #[derive(Debug)]
 pub(super) enum Message {
@@ -47,6 +45,8 @@ pub(super) enum Message {
     LinksUp {
         sponsor: u8,
         lanes: Box<Lanes>,
+        /// The sponsor lost what it held.
+        emptied: bool,
     },
     Stats(Sender<PagerStats>),
     IsRestored(Sender<bool>),
@@ -159,6 +159,8 @@ impl Engine {
                 ticked = now;
                 self.tick();
             }
+            // What was decided after the requests went out is not left for after the sleep.
+            busy |= !self.asks.is_empty() || !self.unmaps.is_empty() || !self.punches.is_empty();
             if busy {
                 active = now;
             } else if now - active >= self.context.spin {
@@ -290,9 +292,21 @@ impl Engine {
         tracing::error!(vm = name, %page, "no good copy of the page is left: poisoned");
         self.seen.remove(&page);
         let address = self.context.target.address(page);
-        if let Err(error) = self.context.uffd.poison(address) {
+        let uffd = &self.context.uffd;
+        let mut poisoned = uffd.poison(address);
+        if matches!(poisoned, Err(ResolveError::Exists)) {
+            // A mark of write protection that outlived the page is in the way, or the page is
+            // poisoned already.
+            let _ = uffd.write_protect(address, PAGE_BYTES as u64, false);
+            poisoned = uffd.poison(address);
+        }
+        match poisoned {
+            Ok(()) => {}
+            Err(ResolveError::Exists) => {
+                let _ = uffd.wake(address, PAGE_BYTES as u64);
+            }
             // The thread stays blocked: better than to read wrong bytes.
-            tracing::error!(vm = name, %page, "cannot poison: {}", chain(&error));
+            Err(error) => tracing::error!(vm = name, %page, "cannot poison: {}", chain(&error)),
         }
     }
 
@@ -324,7 +338,7 @@ impl Engine {
             Ok(bytes) => {
                 let arrived = Instant::now();
                 let seen = self.seen.get(&page).copied();
-                self.dispatch(Event::Fetched { page }, Some(bytes.unwrap_or(&ZERO_PAGE)));
+                self.dispatch(Event::Fetched { page }, Some(bytes));
                 let traffic = self.context.remote.traffic(sponsor);
                 traffic.pages_fetched.fetch_add(1, Ordering::Relaxed);
                 if let Some(seen) = seen {
@@ -353,7 +367,9 @@ impl Engine {
                     }
                 }
                 Message::LinkLost { sponsor, reason } => self.lose(sponsor, reason),
-                Message::LinksUp { sponsor, lanes } => self.gain(sponsor, *lanes),
+                Message::LinksUp { sponsor, lanes, emptied } => {
+                    self.gain(sponsor, *lanes, emptied);
+                }
                 Message::Stats(reply) => {
                     let _ = reply.try_send(self.stats());
                 }
@@ -381,13 +397,16 @@ impl Engine {
         self.context.remote.mark_down(sponsor, reason);
     }
 
-    fn gain(&mut self, sponsor: u8, lanes: Lanes) {
+    fn gain(&mut self, sponsor: u8, lanes: Lanes, emptied: bool) {
         let (region, epoch) = (self.context.region, self.context.epoch);
         let _ = self.jobs.send(Job::LinkUp { sponsor, link: Box::new(lanes.write_back) });
         self.lanes[usize::from(sponsor)] = Some(SponsorLanes {
             demand: ReadLane::new(lanes.demand, region, epoch, false),
             prefetch: ReadLane::new(lanes.prefetch, region, epoch, true),
         });
+        if emptied {
+            self.dispatch(Event::SponsorEmptied { sponsor }, None);
+        }
         self.dispatch(Event::SponsorUp { sponsor }, None);
     }
 

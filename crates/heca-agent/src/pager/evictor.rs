@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use heca_core::pager::{Event, Protection, Unmapped};
 use heca_core::placement::Layout;
 use heca_sys::pagemap::{PageInfo, Pagemap};
@@ -157,7 +157,12 @@ impl Evictor {
     pub(super) fn run(mut self) {
         loop {
             let mut busy = false;
-            while let Ok(job) = self.jobs.try_recv() {
+            loop {
+                let job = match self.jobs.try_recv() {
+                    Ok(job) => job,
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return,
+                };
                 busy = true;
                 match job {
                     Job::Unmap(batch) => {
@@ -268,7 +273,8 @@ impl Evictor {
             if job.version == PageVersion(1) {
                 return Unmapped::Zero(0);
             }
-            let entry = entry.with_flags(EntryFlags::ZERO);
+            let checksum = page_checksum(job.page, job.version, bytes);
+            let entry = entry.with_flags(EntryFlags::ZERO).with_checksum(checksum);
             outgoing.push(Outgoing { entry, slot, replicas: job.replicas });
             return Unmapped::Zero(job.replicas);
         }
@@ -422,12 +428,14 @@ impl WriteLane {
                 }
                 _ => return Err(LinkError::Unexpected { found: header.kind }),
             };
-            let sent = self.in_flight.pop_front().filter(|(request, pages)| {
+            // What does not match stays in flight, to be failed with the connection.
+            let expected = self.in_flight.front().is_some_and(|(request, pages)| {
                 *request == header.request && pages.len() == list.entries().len()
             });
-            let Some((_, pages)) = sent else {
+            if !expected {
                 return Err(LinkError::Unexpected { found: header.kind });
-            };
+            }
+            let (_, pages) = self.in_flight.pop_front().expect("looked at above");
             let mut refused = None;
             for (&(page, version), entry) in pages.iter().zip(list.entries()) {
                 let same = entry.page() == page && entry.version() == version;

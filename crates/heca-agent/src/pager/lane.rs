@@ -35,8 +35,10 @@ pub(super) struct ReadLane {
     entries: Vec<PageEntry>,
 }
 
-/// Outcome of one page of a reply: its content, `None` for zeros.
-pub(super) type Answer<'a> = Result<Option<&'a [u8]>, FetchError>;
+/// Outcome of one page of a reply: its content.
+pub(super) type Answer<'a> = Result<&'a [u8], FetchError>;
+
+static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 impl ReadLane {
     pub(super) fn new(link: Link, region: RegionId, epoch: Epoch, prefetch: bool) -> Self {
@@ -96,12 +98,13 @@ impl ReadLane {
             match body {
                 Body::Pages(list) if header.kind == Kind::ReadReply => {
                     for (entry, data) in list.iter() {
-                        let asked = self.in_flight.pop_front();
-                        let Some(asked) = asked.filter(|asked| {
+                        // What does not match stays in flight, to be lost with the connection.
+                        let Some(asked) = self.in_flight.front().copied().filter(|asked| {
                             asked.request == header.request && asked.page == entry.page()
                         }) else {
                             return Err(LinkError::Unexpected { found: header.kind });
                         };
+                        self.in_flight.pop_front();
                         take(asked, judge(&asked, entry, data));
                     }
                 }
@@ -137,10 +140,9 @@ fn judge<'a>(asked: &Asked, entry: &PageEntry, data: Option<&'a [u8]>) -> Answer
     if entry.flags().contains(EntryFlags::ABSENT) || entry.version() != asked.version {
         return Err(FetchError::Absent);
     }
-    let Some(bytes) = data else { return Ok(None) };
-    debug_assert_eq!(bytes.len(), PAGE_BYTES);
+    let bytes = data.unwrap_or(&ZERO_PAGE);
     if page_checksum(asked.page, asked.version, bytes) != entry.checksum() {
         return Err(FetchError::Corrupt);
     }
-    Ok(Some(bytes))
+    Ok(bytes)
 }

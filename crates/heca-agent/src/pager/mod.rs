@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use heca_api::{ApiError, EvictionChoice, PagerStats, SponsorAddress};
 use heca_core::pager::{Config, Protection};
 use heca_core::placement::Layout;
@@ -87,7 +87,27 @@ pub struct PagerHandle {
     target: Target,
     remote_fd: i32,
     uffd: Arc<Userfaultfd>,
+    pidfd: OwnedFd,
     threads: Vec<JoinHandle<()>>,
+}
+
+/// Score that keeps the kernel from choosing the pager when memory is short.
+const OOM_SCORE: &str = "-900";
+
+/// Makes this process fit to serve page faults: its memory stays out of swap, it is the last to be
+/// chosen when memory is short, and a panic of any of its threads ends all of it. Half a pager
+/// would serve some faults and forget others; without a pager the guest stands still, and its
+/// pages stay on the sponsors.
+pub fn protect_process() {
+    if let Err(error) = heca_sys::process::lock_memory() {
+        tracing::warn!(%error, "memory is not locked: faults may wait for swap");
+    }
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }
 
 /// Checks that `local` is a budget that can work.
@@ -167,6 +187,16 @@ struct Setup<'a> {
 
 fn attach_and_run(setup: Setup<'_>) -> Result<PagerHandle, ApiError> {
     let Setup { config, target, layout, ram, remote, .. } = setup;
+    let sponsors = config.sponsors.len() as u8;
+    let mut core = heca_core::pager::Pager::new(Config {
+        pages: setup.pages,
+        budget_pages: setup.budget_pages,
+        protection: setup.protection,
+        layout: layout.clone(),
+        sponsors,
+        prefetch: config.prefetch,
+        mutation: None,
+    });
     let attached = attach::userfaultfd(config.pid).map_err(|error| attach_error(config, &error))?;
     let uffd = Arc::new(attached.uffd);
     let abandon = |error: ApiError| {
@@ -178,16 +208,6 @@ fn attach_and_run(setup: Setup<'_>) -> Result<PagerHandle, ApiError> {
     // A stopped guest may have been mapped by somebody else while we connected.
     preflight::refuse_second_mapper(&target).map_err(abandon)?;
 
-    let sponsors = config.sponsors.len() as u8;
-    let mut core = heca_core::pager::Pager::new(Config {
-        pages: setup.pages,
-        budget_pages: setup.budget_pages,
-        protection: setup.protection,
-        layout: layout.clone(),
-        sponsors,
-        prefetch: config.prefetch,
-        mutation: None,
-    });
     adopt_present_pages(&ram, setup.pages, &mut core)
         .map_err(|error| abandon(io_error("look for pages in the RAM file", &error)))?;
     let pidfd = heca_sys::process::open_pidfd(config.pid)
@@ -226,7 +246,7 @@ fn attach_and_run(setup: Setup<'_>) -> Result<PagerHandle, ApiError> {
             uffd: uffd.clone(),
             ram,
             target,
-            pidfd,
+            pidfd: pidfd.try_clone().map_err(|e| abandon(io_error("watch the process", &e)))?,
             name: config.name.clone(),
             method: setup.method,
             replicas: config.replicas,
@@ -249,19 +269,27 @@ fn attach_and_run(setup: Setup<'_>) -> Result<PagerHandle, ApiError> {
             .spawn(work)
             .map_err(|error| io_error("start a thread", &error))
     };
-    let manager = remote.clone();
+    let (renewer, manager) = (remote.clone(), remote.clone());
     let to_engine = (messages.clone(), waker.clone());
-    let threads = vec![
-        spawn("evictor", Box::new(move || evictor.run()))?,
-        spawn("sponsors", Box::new(move || manager.run(&to_engine.0, &to_engine.1)))?,
+    let to_engine2 = to_engine.clone();
+    let threads = [
+        spawn("evictor", Box::new(move || evictor.run())),
+        spawn("leases", Box::new(move || renewer.renew_leases(&to_engine.0, &to_engine.1))),
+        spawn("sponsors", Box::new(move || manager.reconnect(&to_engine2.0, &to_engine2.1))),
         spawn(
             "engine",
             Box::new(move || {
                 engine.run();
                 drop(end);
             }),
-        )?,
+        ),
     ];
+    // Threads that did start end by themselves once the channels are gone.
+    let threads: Result<Vec<_>, ApiError> = threads.into_iter().collect();
+    let threads = threads.map_err(|error| {
+        remote.stop();
+        abandon(error)
+    })?;
     Ok(PagerHandle {
         messages,
         waker,
@@ -270,6 +298,7 @@ fn attach_and_run(setup: Setup<'_>) -> Result<PagerHandle, ApiError> {
         target,
         remote_fd: attached.remote_fd,
         uffd,
+        pidfd,
         threads,
     })
 }
@@ -381,15 +410,26 @@ impl PagerHandle {
         &self.ended
     }
 
-    /// Waits for the pager to end, gives up the regions on the sponsors, and returns the last
-    /// figures.
-    pub fn finish(mut self) -> Option<PagerStats> {
+    /// Waits for the process to end, gives up the regions on the sponsors, and returns the last
+    /// figures. Should the pager end before the process does, the sponsors keep their pages.
+    pub fn finish(self) -> Option<PagerStats> {
         let _ = self.ended.recv();
+        let gone = pidfd_has_ended(&self.pidfd);
+        if !gone {
+            let pid = self.target.pid;
+            tracing::error!(pid, "the pager ends while the process lives; sponsors keep its pages");
+        }
+        self.end(gone)
+    }
+
+    fn end(mut self, close: bool) -> Option<PagerStats> {
         self.remote.stop();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.remote.close_regions();
+        if close {
+            self.remote.close_regions();
+        }
         self.remote.last_stats()
     }
 
@@ -397,41 +437,42 @@ impl PagerHandle {
     /// `progress` gets the pages that are still remote, about ten times a second; it may end the
     /// attempt by returning `false`, which leaves the pager as it was, only with all the budget.
     ///
+    /// Returns the last figures, if there are any: none if the process ended meanwhile and left
+    /// none.
+    ///
     /// # Errors
     /// The attempt was ended, or pages could not be brought back.
     pub fn detach(
         self,
         mut progress: impl FnMut(u64) -> bool,
-    ) -> Result<PagerStats, (Self, String)> {
+    ) -> Result<Option<PagerStats>, Box<(Self, String)>> {
         self.send(Message::Event(heca_core::pager::Event::Restore));
         let begun = Instant::now();
         let stats = loop {
+            if matches!(self.ended.try_recv(), Err(TryRecvError::Disconnected)) {
+                return Ok(self.finish());
+            }
             let (reply, answer) = bounded(1);
             self.send(Message::IsRestored(reply));
-            match answer.recv_timeout(Duration::from_secs(5)) {
-                Ok(true) => break self.stats(),
-                Ok(false) => {}
-                Err(_) => break None,
+            if answer.recv_timeout(Duration::from_secs(1)) == Ok(true) {
+                break self.stats();
             }
             let remote = self.stats().map_or(0, |stats| stats.gauges.remote_pages);
             if !progress(remote) {
                 let waited = begun.elapsed().as_secs();
-                return Err((self, format!("given up after {waited} s, {remote} pages remote")));
+                let problem = format!("given up after {waited} s, {remote} pages remote");
+                return Err(Box::new((self, problem)));
             }
             std::thread::sleep(Duration::from_millis(100));
         };
-        let Some(stats) = stats else {
-            // The process ended meanwhile.
-            let stats = self.finish();
-            return Ok(stats.expect("the engine leaves its last figures behind"));
-        };
         if let Err(error) = self.uffd.unregister(self.target.base, self.target.len) {
-            return Err((self, format!("unregister: {error}")));
+            return Err(Box::new((self, format!("unregister: {error}"))));
         }
         let _ = attach::close_remote(self.target.pid, self.remote_fd);
         self.send(Message::Stop);
-        self.finish();
-        Ok(stats)
+        let _ = self.ended.recv();
+        let last = self.end(true);
+        Ok(stats.or(last))
     }
 }
 

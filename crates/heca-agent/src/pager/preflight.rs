@@ -88,9 +88,29 @@ pub(super) fn find_target(pid: i32, path: &Path) -> Result<Target, ApiError> {
         )
         .hint("give each memory backend a file of its own"));
     }
+    refuse_locked(&target, &name)?;
     refuse_second_mapper(&target)?;
     screen_qemu(pid)?;
     Ok(target)
+}
+
+/// The kernel does not unmap pages that their owner locked.
+fn refuse_locked(target: &Target, name: &str) -> Result<(), ApiError> {
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", target.pid)).unwrap_or_default();
+    let start = format!("{:x}-", target.base);
+    let mut flags = smaps
+        .lines()
+        .skip_while(|line| !line.trim_start_matches('0').starts_with(&start))
+        .filter_map(|line| line.strip_prefix("VmFlags:"));
+    if flags.next().is_some_and(|flags| flags.split_whitespace().any(|flag| flag == "lo")) {
+        let pid = target.pid;
+        return Err(ApiError::new(
+            "memory-locked",
+            format!("process {pid} ({name}) locks its memory: pages cannot be taken from it"),
+        )
+        .hint("start it without mlock (QEMU: without -overcommit mem-lock=on)"));
+    }
+    Ok(())
 }
 
 /// A process that maps the file without being watched would read dropped pages as zeros.

@@ -40,8 +40,6 @@ pub(super) struct Traffic {
 struct Status {
     up: bool,
     reason: Option<String>,
-    /// It lost what it held: its copies are gone for good.
-    lost_content: bool,
 }
 
 #[derive(Debug)]
@@ -96,7 +94,7 @@ impl Remote {
             extents: layout.extents_of(i as u8).collect(),
             store: Mutex::default(),
             control: Mutex::default(),
-            status: Mutex::new(Status { up: true, reason: None, lost_content: false }),
+            status: Mutex::new(Status { up: true, reason: None }),
             traffic: Traffic::default(),
         });
         let remote = Self(Arc::new(Inner {
@@ -135,20 +133,14 @@ impl Remote {
         Ok((remote, lanes))
     }
 
-    /// Connects to one sponsor, opens the region there, and returns the data connections and the
-    /// number of pages that it holds.
-    fn open(&self, position: usize) -> Result<(Lanes, u64), LinkError> {
+    /// Connects to one sponsor, opens the region there, and returns the data connections and
+    /// whether the sponsor lost pages that it held.
+    fn open(&self, position: usize) -> Result<(Lanes, bool), LinkError> {
         let (config, peer) = (&self.0.config, &self.0.peers[position]);
         let connect = |role| Link::connect(&peer.address, role, config.owner);
         let (mut control, hello) = connect(Role::Control)?;
-        {
-            let mut store = lock(&peer.store);
-            if store.is_some_and(|known| known != hello.store) {
-                lock(&peer.status).lost_content = true;
-                return Err(LinkError::Io(std::io::Error::other("its store is a new one")));
-            }
-            *store = Some(hello.store);
-        }
+        let known = lock(&peer.store).replace(hello.store);
+        let new_store = known.is_some_and(|known| known != hello.store);
         let open = Open {
             owner: config.owner,
             quota_bytes: peer.extents.len() as u64 * EXTENT_BYTES,
@@ -166,7 +158,9 @@ impl Remote {
             prefetch: connect(Role::Prefetch)?.0,
             write_back: connect(Role::WriteBack)?.0,
         };
-        Ok((lanes, ack.stored_pages))
+        let nothing_held =
+            ack.stored_pages == 0 && peer.traffic.pages_stored.load(Ordering::Relaxed) > 0;
+        Ok((lanes, new_store || nothing_held))
     }
 
     pub(super) fn traffic(&self, sponsor: u8) -> &Traffic {
@@ -235,17 +229,25 @@ impl Remote {
         }
     }
 
-    /// The manager thread: renews leases before they run out, and gets sponsors back.
-    pub(super) fn run(&self, engine: &Sender<Message>, waker: &Waker) {
+    /// The thread that renews leases before they run out. It does nothing else: a sponsor that
+    /// does not answer a connection attempt must not cost the others their leases.
+    pub(super) fn renew_leases(&self, engine: &Sender<Message>, waker: &Waker) {
         let renew_every = Duration::from_millis(self.0.config.lease_ms / 3);
         let mut renewed = Instant::now();
-        let mut tried = Instant::now();
         while !self.0.stopping.load(Ordering::Relaxed) {
             std::thread::sleep(MANAGER_PERIOD);
             if renewed.elapsed() >= renew_every {
                 renewed = Instant::now();
                 self.renew_all(engine, waker);
             }
+        }
+    }
+
+    /// The thread that gets sponsors back.
+    pub(super) fn reconnect(&self, engine: &Sender<Message>, waker: &Waker) {
+        let mut tried = Instant::now();
+        while !self.0.stopping.load(Ordering::Relaxed) {
+            std::thread::sleep(MANAGER_PERIOD);
             if tried.elapsed() >= Duration::from_millis(RECONNECT_PAUSE_MS) {
                 self.get_back(engine, waker);
                 tried = Instant::now();
@@ -277,20 +279,13 @@ impl Remote {
 
     fn get_back(&self, engine: &Sender<Message>, waker: &Waker) {
         for (position, peer) in self.0.peers.iter().enumerate() {
-            {
-                let status = lock(&peer.status);
-                if status.up || status.lost_content {
-                    continue;
-                }
+            if lock(&peer.status).up || self.0.stopping.load(Ordering::Relaxed) {
+                continue;
             }
             match self.open(position) {
-                Ok((lanes, held)) => {
-                    if held == 0 && peer.traffic.pages_stored.load(Ordering::Relaxed) > 0 {
-                        let mut status = lock(&peer.status);
-                        status.lost_content = true;
-                        status.reason = Some("it lost the pages that it held".to_owned());
+                Ok((lanes, emptied)) => {
+                    if emptied {
                         tracing::error!(sponsor = peer.address, "sponsor lost the pages it held");
-                        continue;
                     }
                     tracing::info!(sponsor = peer.address, "sponsor is back");
                     {
@@ -298,7 +293,8 @@ impl Remote {
                         status.up = true;
                         status.reason = None;
                     }
-                    let up = Message::LinksUp { sponsor: position as u8, lanes: Box::new(lanes) };
+                    let (sponsor, lanes) = (position as u8, Box::new(lanes));
+                    let up = Message::LinksUp { sponsor, lanes, emptied };
                     if engine.send(up).is_ok() {
                         waker.wake();
                     }

@@ -8,14 +8,9 @@ use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use heca_api::{ApiError, PagerState, PagerStats, Resize};
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::{PagerConfig, PagerHandle, start};
 use crate::rest::Failure;
-
-/// Score that keeps the kernel from choosing the pager when memory is short: its end would stop
-/// the guest.
-const OOM_SCORE: &str = "-900";
 
 type Shared = Arc<PagerHandle>;
 
@@ -25,10 +20,9 @@ type Shared = Arc<PagerHandle>;
 /// # Errors
 /// Whatever kept the pager from beginning (reported on standard output, too).
 pub fn serve(config: &PagerConfig, socket: &Path, last: &Path) -> Result<(), ApiError> {
-    if let Err(error) = heca_sys::process::lock_memory() {
-        tracing::warn!(%error, "memory is not locked: faults may wait for swap");
-    }
-    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    // The guest would stand still without this process: it ends with the guest, not by a signal.
+    heca_sys::process::ignore_endings();
+    super::protect_process();
     let outcome = start(config);
     let state = match &outcome {
         Ok(_) => PagerState::Ready,
@@ -69,20 +63,6 @@ fn run_server(handle: &Shared, socket: &Path) -> std::io::Result<()> {
             .route("/v1/resize", post(resize))
             .route("/metrics", get(metrics))
             .with_state(handle.clone());
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    _ = terminate.recv() => {}
-                    _ = interrupt.recv() => {}
-                }
-                tracing::warn!(
-                    "signal ignored: the guest would stand still without this pager; \
-                     end it with `heca vm stop`"
-                );
-            }
-        });
         let ended = handle.ended().clone();
         let end = async move {
             // The channel never carries a value: it disconnects when the engine ends.

@@ -37,9 +37,9 @@ impl Waker {
 
     /// To be called after the poll.
     pub(crate) fn woke(&self) {
-        if !self.asleep.swap(false, Ordering::SeqCst) {
-            let _ = rustix::io::read(&self.fd, &mut [0u8; 8]);
-        }
+        self.asleep.store(false, Ordering::SeqCst);
+        // A wake-up may be written later than it was decided on: always look.
+        let _ = rustix::io::read(&self.fd, &mut [0u8; 8]);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Eviction: unmap, store, park, drop.
 
-use heca_types::limits::{EVICT_BATCH_PAGES, EVICT_PAGES_IN_FLIGHT_MAX};
-use heca_types::{PageIndex, PageVersion};
+use heca_types::limits::{EVICT_BATCH_PAGES, EVICT_PAGES_IN_FLIGHT_MAX, EXTENT_PAGES};
+use heca_types::{ExtentIndex, PageIndex, PageVersion};
 
 use super::machine::{DIRTY, PREFETCHED, Page, Pager, State, WANTED, ZERO};
 use super::{Action, Mutation, Unmapped};
@@ -31,6 +31,11 @@ impl Pager {
             let missing = (self.reserve_high() as i64 - free).clamp(0, EVICT_BATCH_PAGES as i64);
             for _ in 0..missing {
                 let Some(page) = self.standby.pop(&mut self.links) else { break };
+                if self.up_mask(PageIndex(page)) == 0 {
+                    // Nobody who has it can be reached: keep the copy that is here.
+                    self.standby.push(&mut self.links, page);
+                    continue;
+                }
                 self.punch(PageIndex(page), out);
             }
         }
@@ -103,6 +108,11 @@ impl Pager {
             return;
         }
         match outcome {
+            // `Clean` with `DIRTY`: the copy that it relied on was lost meanwhile.
+            Unmapped::Clean if p.has(DIRTY) => {
+                self.page(page).version -= 1;
+                self.back_to_resident(page, p.flags);
+            }
             Unmapped::Mapped | Unmapped::Failed => {
                 self.counters.skipped_mapped += 1;
                 // Nothing was sent: the version that the sponsors hold is the one before.
@@ -110,7 +120,7 @@ impl Pager {
                 self.back_to_resident(page, p.flags);
             }
             Unmapped::Clean => {
-                debug_assert!(!p.has(DIRTY) && p.version > 1, "clean without a remote copy");
+                debug_assert!(p.version > 1, "clean without a remote copy");
                 self.page(page).version -= 1;
                 self.counters.evicted_clean_pages += 1;
                 self.park(page, 0);
@@ -150,6 +160,43 @@ impl Pager {
             p.store &= !(1 << replica);
         }
         self.settle(page);
+    }
+
+    /// All that a sponsor held is gone: every one of its extents has a gap, and what is local is
+    /// stored again before it is dropped. Reads still try the sponsor when nobody else is left,
+    /// and learn from its answer that the page is lost.
+    pub(super) fn sponsor_emptied(&mut self, sponsor: u8) {
+        for number in 0..self.stale.len() as u32 {
+            let extent = ExtentIndex(number);
+            let Some(replica) = self.config.layout.replicas(extent).position(sponsor) else {
+                continue;
+            };
+            self.stale[number as usize] |= 1 << replica;
+            let first = u64::from(number) * EXTENT_PAGES;
+            for number in first..(first + EXTENT_PAGES).min(self.config.pages) {
+                self.copy_lost(PageIndex(number), replica);
+            }
+        }
+    }
+
+    fn copy_lost(&mut self, page: PageIndex, replica: u8) {
+        let p = self.page(page);
+        match p.state {
+            State::Resident | State::Unmapping => p.flags |= DIRTY,
+            State::Standby => {
+                self.standby.remove(&mut self.links, page.0);
+                self.back_to_resident(page, DIRTY);
+            }
+            State::Storing => {
+                p.store &= !(0x11 << replica);
+                self.settle(page);
+            }
+            State::Untouched
+            | State::Punching
+            | State::Remote
+            | State::Fetching
+            | State::Poisoned => {}
+        }
     }
 
     /// Ends `Storing` once nothing is outstanding: in standby if every live replica has the page,

@@ -1,13 +1,12 @@
 //! The state machine: faults, fetches, installs.
 
-use heca_types::limits::PREFETCH_PAGES_IN_FLIGHT_MAX;
-use heca_types::{PageIndex, PageVersion};
+use heca_types::PageIndex;
 
 use super::list::{Links, List};
 use super::stream::Streams;
 use super::{
-    Action, Config, Counters, Event, FaultKind, FetchClass, FetchError, Gauges, Install,
-    InstallResult, Mutation, Protection,
+    Action, Config, Counters, Event, FaultKind, FetchClass, Gauges, Install, InstallResult,
+    Mutation, Protection,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +30,9 @@ pub(super) const WANTED: u8 = 2;
 pub(super) const ZERO: u8 = 4;
 /// Brought by prefetch and not used yet.
 pub(super) const PREFETCHED: u8 = 8;
+
+/// Every replica failed to bring the page once.
+pub(super) const ASKED_TWICE: u8 = 16;
 
 /// One page, in 8 bytes.
 #[derive(Debug, Clone, Copy)]
@@ -67,19 +69,19 @@ pub struct Pager {
     /// Faults that wait for a frame.
     stalled: List,
     /// Faults that wait for a sponsor.
-    blocked: List,
+    pub(super) blocked: List,
     pub(super) stale: Vec<StaleMask>,
-    up: u16,
+    pub(super) up: u16,
     pub(super) frames: u64,
     pub(super) unmapping: u64,
     pub(super) storing: u64,
     pub(super) punching: u64,
-    prefetching: u64,
-    remote: u64,
+    pub(super) prefetching: u64,
+    pub(super) remote: u64,
     untouched: u64,
-    poisoned: u64,
-    streams: Streams,
-    restore_next: Option<u64>,
+    pub(super) poisoned: u64,
+    pub(super) streams: Streams,
+    pub(super) restore_next: Option<u64>,
     pub(super) counters: Counters,
     owner_gone: bool,
     /// The kernel had no memory: nothing is brought until a page was dropped or time passed.
@@ -200,6 +202,7 @@ impl Pager {
             Event::Punched { page, ok } => self.punched(page, ok, out),
             Event::SponsorDown { sponsor } => self.up &= !(1 << sponsor),
             Event::SponsorUp { sponsor } => self.sponsor_up(sponsor, out),
+            Event::SponsorEmptied { sponsor } => self.sponsor_emptied(sponsor),
             Event::SetBudget { pages } => {
                 if self.restore_next.is_none() {
                     self.config.budget_pages = pages;
@@ -268,7 +271,7 @@ impl Pager {
                     self.ask(page, FetchClass::Demand, out);
                 }
             }
-            State::Poisoned => out.push(Action::Wake { page }),
+            State::Poisoned => out.push(Action::Poison { page }),
         }
     }
 
@@ -298,144 +301,6 @@ impl Pager {
         debug_assert_eq!(p.state, State::Remote);
         self.start_fetch(page, FetchClass::Demand, out);
         self.fetch_ahead(page, out);
-    }
-
-    fn start_fetch(&mut self, page: PageIndex, class: FetchClass, out: &mut Vec<Action>) {
-        self.remote -= 1;
-        self.frames += 1;
-        let p = self.page(page);
-        p.state = State::Fetching;
-        p.fetch = 0;
-        match class {
-            FetchClass::Demand => self.counters.demand_fetches += 1,
-            FetchClass::Prefetch => {
-                self.page(page).flags |= PREFETCHED;
-                self.prefetching += 1;
-                self.counters.prefetches += 1;
-            }
-        }
-        self.ask(page, class, out);
-    }
-
-    /// Asks the best replica that has not failed for this fetch: one that is up and missed no
-    /// write, else one that is up (the version tells whether its copy is current). If there is
-    /// none the fault waits for a sponsor; if all of them failed the page is lost.
-    fn ask(&mut self, page: PageIndex, class: FetchClass, out: &mut Vec<Action>) {
-        let set = self.config.layout.replicas(page.extent());
-        let stale = self.stale[page.extent().0 as usize];
-        let p = *self.page(page);
-        let failed = p.fetch >> 4;
-        let up = self.up_mask(page);
-        let fresh = up & !failed & !stale;
-        let usable = if fresh == 0 { up & !failed } else { fresh };
-        if usable != 0 {
-            let replica = usable.trailing_zeros() as u8;
-            if fresh == 0 {
-                self.counters.fetched_from_stale += 1;
-            }
-            let p = self.page(page);
-            p.fetch = (p.fetch & 0xf0) | replica;
-            let version = PageVersion(p.version);
-            let sponsor = set.sponsors()[usize::from(replica)];
-            out.push(Action::Fetch { page, version, sponsor, class });
-            return;
-        }
-        self.give_up_fetch(page);
-        if !p.has(WANTED) && (self.restore_next.is_none() || failed != set.all()) {
-            return;
-        }
-        if failed == set.all() {
-            self.remote -= 1;
-            self.poisoned += 1;
-            self.counters.poisoned_pages += 1;
-            let p = self.page(page);
-            p.state = State::Poisoned;
-            p.flags = 0;
-            out.push(Action::Poison { page });
-            return;
-        }
-        self.counters.faults_blocked += 1;
-        self.blocked.push(&mut self.links, page.0);
-    }
-
-    /// Replicas of the page's extent that can be reached.
-    pub(super) fn up_mask(&self, page: PageIndex) -> u8 {
-        let set = self.config.layout.replicas(page.extent());
-        let bits = set.sponsors().iter().enumerate();
-        bits.filter(|&(_, &s)| self.up >> s & 1 == 1).fold(0, |mask, (i, _)| mask | 1 << i)
-    }
-
-    /// Replicas that a write must reach: those up and without a gap. If there are none, all that
-    /// are up: a copy on a replica with gaps is as good as any for the page itself, as every read
-    /// names its version, and eviction must go on.
-    pub(super) fn live_mask(&self, page: PageIndex) -> u8 {
-        let up = self.up_mask(page);
-        match up & !self.stale[page.extent().0 as usize] {
-            0 => up,
-            without_gap => without_gap,
-        }
-    }
-
-    /// A fetch ended without a page: its frame is free, the page is remote.
-    fn give_up_fetch(&mut self, page: PageIndex) {
-        let p = self.page(page);
-        debug_assert_eq!(p.state, State::Fetching);
-        p.state = State::Remote;
-        let was_prefetch = p.has(PREFETCHED);
-        p.flags &= !PREFETCHED;
-        self.prefetching -= u64::from(was_prefetch);
-        self.frames -= 1;
-        self.remote += 1;
-    }
-
-    fn fetched(&mut self, page: PageIndex, out: &mut Vec<Action>) {
-        let p = *self.page(page);
-        if p.state != State::Fetching {
-            self.counters.late_results += 1;
-            return;
-        }
-        if p.has(WANTED) || !p.has(PREFETCHED) {
-            out.push(Action::Copy { page });
-        } else {
-            out.push(Action::Fill { page });
-        }
-    }
-
-    fn fetch_failed(
-        &mut self,
-        page: PageIndex,
-        sponsor: u8,
-        error: FetchError,
-        out: &mut Vec<Action>,
-    ) {
-        let set = self.config.layout.replicas(page.extent());
-        let p = *self.page(page);
-        let replica = p.fetch & 0xf;
-        if p.state != State::Fetching || set.position(sponsor) != Some(replica) {
-            self.counters.late_results += 1;
-            return;
-        }
-        if error == FetchError::Corrupt {
-            self.counters.corrupt_replies += 1;
-        }
-        if error != FetchError::Lost {
-            self.page(page).fetch |= 1 << (4 + replica);
-        }
-        if p.has(PREFETCHED) && !p.has(WANTED) {
-            if self.restore_next.is_some() {
-                self.ask(page, FetchClass::Prefetch, out);
-            } else {
-                // Nobody waits: a later fault tries again with all replicas.
-                self.give_up_fetch(page);
-            }
-            return;
-        }
-        self.counters.fetch_retries += 1;
-        if p.has(PREFETCHED) {
-            self.prefetching -= 1;
-            self.page(page).flags &= !PREFETCHED;
-        }
-        self.ask(page, FetchClass::Demand, out);
     }
 
     fn make_resident(&mut self, page: PageIndex, flags: u8) {
@@ -604,31 +469,6 @@ impl Pager {
         }
     }
 
-    fn fetch_ahead(&mut self, page: PageIndex, out: &mut Vec<Action>) {
-        if !self.config.prefetch {
-            return;
-        }
-        let range = self.streams.access(page.0);
-        for next in range.start..range.end.min(self.config.pages) {
-            self.prefetch(PageIndex(next), out);
-        }
-    }
-
-    pub(super) fn prefetch_wasted(&mut self) {
-        self.counters.prefetches_wasted += 1;
-        self.streams.wasted();
-    }
-
-    fn prefetch(&mut self, page: PageIndex, out: &mut Vec<Action>) {
-        let p = *self.page(page);
-        let room = !self.starved
-            && self.free_frames() > self.reserve_low() as i64
-            && self.prefetching < PREFETCH_PAGES_IN_FLIGHT_MAX as u64;
-        if p.state == State::Remote && !p.has(WANTED) && room && self.up_mask(page) != 0 {
-            self.start_fetch(page, FetchClass::Prefetch, out);
-        }
-    }
-
     fn serve_stalled(&mut self, out: &mut Vec<Action>) {
         while self.stalled.len() > 0 && !self.starved && self.may_take_frame() {
             let Some(page) = self.stalled.pop(&mut self.links) else { return };
@@ -663,33 +503,5 @@ impl Pager {
     pub(super) fn want_again(&mut self, page: PageIndex, out: &mut Vec<Action>) {
         self.page(page).flags &= !WANTED;
         self.want(page, out);
-    }
-
-    /// After `Restore`: fetch what is remote, a bounded number at a time.
-    fn restore_more(&mut self, out: &mut Vec<Action>) {
-        let Some(mut next) = self.restore_next else { return };
-        while next < self.config.pages {
-            let page = PageIndex(next);
-            let p = *self.page(page);
-            match p.state {
-                State::Remote if !p.has(WANTED) => {
-                    let before = self.prefetching;
-                    self.prefetch(page, out);
-                    if self.prefetching == before {
-                        break;
-                    }
-                }
-                // Look again when its fate is known.
-                State::Punching => break,
-                _ => {}
-            }
-            next += 1;
-        }
-        // A fetch that failed left its page behind: look at all pages again.
-        let all_seen = next == self.config.pages;
-        if all_seen && self.remote > 0 && self.prefetching == 0 && self.blocked.len() == 0 {
-            next = 0;
-        }
-        self.restore_next = Some(next);
     }
 }

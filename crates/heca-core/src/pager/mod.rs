@@ -33,6 +33,7 @@
 //! - `SponsorDown` comes before the `FetchFailed` and `StoreFailed` of what was in flight there.
 
 mod evict;
+mod fetch;
 mod list;
 mod machine;
 mod stream;
@@ -253,6 +254,11 @@ pub enum Event {
     },
     /// A sponsor can be reached again, with the store it had.
     SponsorUp {
+        /// Which.
+        sponsor: u8,
+    },
+    /// A sponsor that was down lost what it held. Comes before its `SponsorUp`.
+    SponsorEmptied {
         /// Which.
         sponsor: u8,
     },

@@ -292,7 +292,7 @@ fn a_page_without_any_good_replica_is_poisoned_not_guessed() {
     }
     world.corrupt = Some(0);
     assert_eq!(world.access(0, None), None);
-    assert_eq!(world.poisoned, [0]);
+    assert!(!world.poisoned.is_empty() && world.poisoned.iter().all(|&page| page == 0));
     assert_eq!(world.pager.gauges().poisoned_pages, 1);
 }
 

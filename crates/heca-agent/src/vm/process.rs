@@ -1,0 +1,56 @@
+//! A process that belongs to a VM.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Child;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use rustix::process::{Signal, pidfd_send_signal};
+
+use super::{EXIT_TIMEOUT, lock};
+
+/// A process that may not be our child: it may have been started by a former agent.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) pid: i32,
+    pidfd: OwnedFd,
+    child: Mutex<Option<Child>>,
+}
+
+impl Process {
+    pub(super) fn own(mut child: Child) -> std::io::Result<Self> {
+        let pid = child.id() as i32;
+        let pidfd = heca_sys::process::open_pidfd(pid).inspect_err(|_| {
+            // Nobody would know of it any more.
+            let _ = child.kill();
+            let _ = child.wait();
+        })?;
+        Ok(Self { pid, pidfd, child: Mutex::new(Some(child)) })
+    }
+
+    pub(super) fn adopt(pid: i32, start_time: u64) -> Option<Self> {
+        let pidfd = heca_sys::process::open_pidfd(pid).ok()?;
+        let same = heca_sys::process::start_time(pid) == Some(start_time);
+        same.then_some(Self { pid, pidfd, child: Mutex::new(None) })
+    }
+
+    /// Waits for the end of the process, at most this long.
+    pub(super) fn wait(&self, timeout: Duration) -> bool {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let timeout = rustix::time::Timespec {
+            tv_sec: timeout.as_secs() as i64,
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        };
+        let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
+        let ended = matches!(poll(&mut fds, Some(&timeout)), Ok(1));
+        if ended && let Some(mut child) = lock(&self.child).take() {
+            let _ = child.wait();
+        }
+        ended
+    }
+
+    pub(super) fn kill(&self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.wait(EXIT_TIMEOUT);
+    }
+}
