@@ -21,7 +21,7 @@ use rustix::time::Timespec;
 
 use super::evictor::{Job, UnmapJob};
 use super::lane::{Answer, Asked, ReadLane};
-use super::pidfd_has_ended;
+use super::pidfd_ends;
 use super::preflight::Target;
 use super::remote::{Lanes, Remote, chain};
 use super::statistics::Statistics;
@@ -278,7 +278,7 @@ impl Engine {
             Err(ResolveError::NoMemory) => InstallResult::NoMemory,
             Err(ResolveError::Gone) => InstallResult::Gone,
             Err(error) => {
-                if pidfd_has_ended(&self.context.pidfd) {
+                if pidfd_ends(&self.context.pidfd, Duration::ZERO) {
                     return InstallResult::Gone;
                 }
                 tracing::error!(%page, "page not installed: {}", chain(&error));
@@ -473,7 +473,7 @@ impl Engine {
         let received = stats.iter().map(|s| s.bytes_received).sum::<u64>() + self.live_bytes().0;
         let sent = stats.iter().map(|s| s.bytes_sent).sum::<u64>() + self.live_bytes().1;
         self.statistics.sample(self.core.counters(), received, sent);
-        if pidfd_has_ended(&self.context.pidfd) {
+        if pidfd_ends(&self.context.pidfd, Duration::ZERO) {
             self.running = false;
         }
     }

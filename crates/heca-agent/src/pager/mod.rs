@@ -94,6 +94,9 @@ pub struct PagerHandle {
 /// Score that keeps the kernel from choosing the pager when memory is short.
 const OOM_SCORE: &str = "-900";
 
+/// Longest time between the loss of a process's memory and its end.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Makes this process fit to serve page faults: its memory stays out of swap, it is the last to be
 /// chosen when memory is short, and a panic of any of its threads ends all of it. Half a pager
 /// would serve some faults and forget others; without a pager the guest stands still, and its
@@ -414,7 +417,8 @@ impl PagerHandle {
     /// figures. Should the pager end before the process does, the sponsors keep their pages.
     pub fn finish(self) -> Option<PagerStats> {
         let _ = self.ended.recv();
-        let gone = pidfd_has_ended(&self.pidfd);
+        // A process that is being killed loses its memory before it counts as ended.
+        let gone = pidfd_ends(&self.pidfd, END_TIMEOUT);
         if !gone {
             let pid = self.target.pid;
             tracing::error!(pid, "the pager ends while the process lives; sponsors keep its pages");
@@ -476,9 +480,13 @@ impl PagerHandle {
     }
 }
 
-/// The process that is paged.
-pub(crate) fn pidfd_has_ended(pidfd: &OwnedFd) -> bool {
+/// Whether the process behind a descriptor ends within this time.
+pub(crate) fn pidfd_ends(pidfd: &OwnedFd, within: Duration) -> bool {
     let mut fds =
         [rustix::event::PollFd::from_borrowed_fd(pidfd.as_fd(), rustix::event::PollFlags::IN)];
-    matches!(rustix::event::poll(&mut fds, Some(&rustix::time::Timespec::default())), Ok(1))
+    let within = rustix::time::Timespec {
+        tv_sec: within.as_secs() as i64,
+        tv_nsec: i64::from(within.subsec_nanos()),
+    };
+    matches!(rustix::event::poll(&mut fds, Some(&within)), Ok(1))
 }
