@@ -311,6 +311,9 @@ pub struct FaultArguments {
     /// How long pager and sponsor poll before they sleep, in microseconds.
     #[arg(long, default_value_t = default_spin_us(), value_name = "MICROSECONDS")]
     pub spin_us: u64,
+    /// How pages are taken from the target: auto, pageout, uring or write-protect.
+    #[arg(long, default_value = "auto")]
+    pub eviction: EvictionChoice,
 }
 
 #[derive(Debug, Args)]

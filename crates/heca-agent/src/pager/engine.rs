@@ -520,7 +520,7 @@ impl Engine {
     fn sleep(&mut self) {
         self.waker.prepare_sleep();
         if !self.inbox.is_empty() {
-            self.waker.woke();
+            self.waker.woke(false);
             return;
         }
         let mut fds = Vec::with_capacity(3 + 2 * self.lanes.len());
@@ -532,10 +532,11 @@ impl Engine {
         }
         let timeout = Timespec { tv_sec: 0, tv_nsec: TICK.as_nanos() as i64 };
         let polled = poll(&mut fds, Some(&timeout));
+        let woken = polled.is_ok() && !fds[1].revents().is_empty();
         let ended = polled.is_ok() && !fds[2].revents().is_empty();
         // A sponsor that closes a connection is noticed even if nothing is asked of it.
         let idle_input = fds[3..].iter().any(|fd| !fd.revents().is_empty());
-        self.waker.woke();
+        self.waker.woke(woken);
         if ended {
             self.running = false;
         }

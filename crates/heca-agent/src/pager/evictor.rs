@@ -392,6 +392,7 @@ impl Evictor {
 
     fn sleep(&mut self) {
         self.waker.prepare_sleep();
+        let mut woken = false;
         if self.jobs.is_empty() {
             let mut fds = Vec::with_capacity(1 + self.lanes.len());
             fds.push(PollFd::from_borrowed_fd(self.waker.as_fd(), PollFlags::IN));
@@ -399,9 +400,10 @@ impl Evictor {
                 fds.push(PollFd::from_borrowed_fd(lane.link.as_fd(), PollFlags::IN));
             }
             let timeout = Timespec { tv_sec: 0, tv_nsec: TICK.as_nanos() as i64 };
-            let _ = poll(&mut fds, Some(&timeout));
+            let polled = poll(&mut fds, Some(&timeout));
+            woken = polled.is_ok() && !fds[0].revents().is_empty();
         }
-        self.waker.woke();
+        self.waker.woke(woken);
     }
 }
 

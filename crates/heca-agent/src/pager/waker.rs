@@ -35,11 +35,13 @@ impl Waker {
         fence(Ordering::SeqCst);
     }
 
-    /// To be called after the poll.
-    pub(crate) fn woke(&self) {
+    /// To be called after the poll, with whether it found this descriptor readable. A wake-up that
+    /// is written later than that ends the next sleep at once, and is taken then.
+    pub(crate) fn woke(&self, readable: bool) {
         self.asleep.store(false, Ordering::SeqCst);
-        // A wake-up may be written later than it was decided on: always look.
-        let _ = rustix::io::read(&self.fd, &mut [0u8; 8]);
+        if readable {
+            let _ = rustix::io::read(&self.fd, &mut [0u8; 8]);
+        }
     }
 }
 

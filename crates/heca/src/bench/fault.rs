@@ -23,7 +23,7 @@ use anyhow::Context;
 use hdrhistogram::Histogram;
 use heca_agent::latency;
 use heca_agent::pager::{self, PagerConfig};
-use heca_api::{EvictionChoice, SponsorAddress};
+use heca_api::SponsorAddress;
 use heca_sys::attach;
 use heca_sys::uffd::{Features, Modes, Userfaultfd};
 use heca_types::limits::{LEASE_MS_DEFAULT, PAGE_BYTES};
@@ -260,7 +260,7 @@ fn remote_faults(
             .iter()
             .map(|s| SponsorAddress { address: s.address.clone(), weight: 1 })
             .collect(),
-        eviction: EvictionChoice::Auto,
+        eviction: arguments.eviction,
         prefetch: true,
         lease_ms: LEASE_MS_DEFAULT,
         spin_us: arguments.spin_us,
