@@ -32,6 +32,9 @@ use super::remote::{Remote, chain};
 use super::waker::Waker;
 use crate::link::{Link, LinkError};
 
+/// Scattered runs of pages that are worked on before other threads get the processor.
+const YIELD_RUNS: usize = 8;
+
 const TICK: Duration = Duration::from_millis(100);
 
 /// How pages are taken from the guest without losing a write.
@@ -200,7 +203,10 @@ impl Evictor {
     fn take_from_guest(&mut self, batch: &[UnmapJob]) -> io::Result<()> {
         let ranges = runs(batch.iter().map(|job| self.address(job.page)));
         match &mut self.unmapper {
-            Unmapper::PageOut(pidfd) => zap::page_out(pidfd.as_fd(), &ranges),
+            Unmapper::PageOut(pidfd) => ranges.chunks(YIELD_RUNS).try_for_each(|ranges| {
+                std::thread::yield_now();
+                zap::page_out(pidfd.as_fd(), ranges)
+            }),
             Unmapper::Ring(ring) => ring.unmap(&ranges),
             Unmapper::WriteProtect => {
                 for (start, len) in ranges {
@@ -331,7 +337,13 @@ impl Evictor {
     fn punch(&mut self, mut pages: Vec<PageIndex>) {
         pages.sort_unstable();
         let mut events = Vec::with_capacity(pages.len());
-        for (start, len) in runs(pages.iter().map(|page| page.offset())) {
+        for (number, (start, len)) in
+            runs(pages.iter().map(|page| page.offset())).into_iter().enumerate()
+        {
+            // Scattered pages take a while: whoever serves a fault goes first.
+            if number % YIELD_RUNS == YIELD_RUNS - 1 {
+                std::thread::yield_now();
+            }
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let ok = match fallocate(&*self.context.ram, flags, start, len) {
                 Ok(()) => true,
