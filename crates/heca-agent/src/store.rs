@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
@@ -157,6 +157,8 @@ impl Store {
     pub fn open(dir: &Path, offer: ByteSize) -> anyhow::Result<Self> {
         use anyhow::Context;
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        // Names of regions are as good as keys to them.
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
         anyhow::ensure!(
             is_tmpfs(dir)?,
             "{} is not on tmpfs: sponsored memory would go to a disk. \

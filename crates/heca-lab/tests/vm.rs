@@ -385,3 +385,60 @@ fn labs_leave_no_namespaces_and_no_files() {
         assert!(!Path::new("/run/netns").join(name).exists());
     }
 }
+
+#[test]
+fn ctrl_c_detaches_from_a_process_that_goes_on() {
+    use std::io::{BufRead, BufReader, Write};
+    let mut rig = Rig::new("512M");
+    let ram = rig.lab.memory_dir().join("ram");
+    std::fs::File::create_new(&ram).unwrap().set_len(64 << 20).unwrap();
+    let mut target = Command::new(heca_binary().unwrap())
+        .args(["bench-target", "--file"])
+        .arg(&ram)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = target.stdin.take().unwrap();
+    let mut output = BufReader::new(target.stdout.take().unwrap());
+    let mut answer = || {
+        let mut line = String::new();
+        output.read_line(&mut line).unwrap();
+        line
+    };
+    assert_eq!(answer(), "ready\n");
+    let sponsors = rig.sponsors();
+    let pid = target.id().to_string();
+    let file = ram.to_string_lossy().into_owned();
+    let mut attach = rig
+        .lab
+        .host(1)
+        .command(&heca_binary().unwrap())
+        .args(["attach", "--pid", &pid, "--file", &file, "--local", "16M", "--watch", "--json"])
+        .args(["--sponsor", &sponsors[0], "--sponsor", &sponsors[1]])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    rig.wait_for_regions(1);
+    writeln!(input, "{{\"Write\":{{\"first\":0,\"end\":16384}}}}").unwrap();
+    answer();
+    // The reader of its figures goes away: the process still needs its pager.
+    drop(attach.stdout.take());
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(attach.try_wait().unwrap().is_none());
+    kill_process(Pid::from_child(&attach), Signal::INT).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while attach.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "not detached");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let touch =
+        "{\"Touch\":{\"first\":0,\"end\":16384,\"count\":16384,\"seed\":1,\"written\":true}}";
+    writeln!(input, "{touch}").unwrap();
+    let measured = answer();
+    assert!(measured.contains("\"count\":16384,\"wrong\":0"), "{measured}");
+    rig.wait_for_regions(0);
+    drop(input);
+    target.wait().unwrap();
+}
