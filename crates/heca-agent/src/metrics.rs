@@ -61,6 +61,10 @@ impl Text {
             let about = ("gauge", "Guest memory by where it is.");
             self.add("heca_vm_memory_bytes", about, &[domain, ("tier", tier)], bytes(pages));
         }
+        if let Some(pages) = stats.dirty_pages {
+            let about = ("gauge", "Guest memory that was written since it was last stored.");
+            self.add("heca_vm_dirty_bytes", about, &[domain], bytes(pages));
+        }
         let about = ("gauge", "Local memory that the guest may use.");
         self.add("heca_vm_local_budget_bytes", about, &[domain], bytes(gauges.budget_pages));
         let about = ("gauge", "Faults that wait for local memory or a sponsor.");

@@ -81,6 +81,9 @@ pub struct PagerStats {
     pub attach_stopped_us: f64,
     /// Where the pages are now.
     pub gauges: Gauges,
+    /// Pages of the guest that were written since they were last stored, or were never stored;
+    /// `None` where the kernel cannot tell.
+    pub dirty_pages: Option<u64>,
     /// Largest number of pages that were only on sponsors at a time.
     pub remote_pages_peak: u64,
     /// Counts since the start.

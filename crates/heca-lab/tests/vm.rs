@@ -179,6 +179,7 @@ fn a_guest_verifies_more_memory_than_its_host_may_use() {
     assert!(shown.contains("remote fault latency") && shown.contains("sponsors"), "{shown}");
     let json = host.heca_ok(&["vm", "show", "g", "--json"]).unwrap();
     let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert!(value["pager"]["dirty_pages"].as_u64().unwrap() > 0);
     assert!(value["pager"]["latency"]["network_us"]["p50"].as_f64().unwrap() > 0.0);
     assert!(host.heca_ok(&["vm", "list"]).unwrap().contains("running"));
 

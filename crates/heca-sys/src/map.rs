@@ -74,6 +74,16 @@ impl SharedMap {
         self.word(index).store(value, std::sync::atomic::Ordering::Relaxed);
     }
 
+    /// Lifts a memory lock from the mapping, which `mlockall` puts on every new one.
+    ///
+    /// # Errors
+    /// Those of `munlock`.
+    pub fn unlock(&self) -> io::Result<()> {
+        // SAFETY: the range is our own mapping; locking has no effect on its content.
+        let result = unsafe { libc::munlock(self.start.cast(), self.words * 8) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Unmaps the pages of `len` bytes at `offset` without freeing them (`MADV_DONTNEED`).
     ///
     /// # Errors

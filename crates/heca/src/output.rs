@@ -37,15 +37,20 @@ fn pages(count: u64) -> ByteSize {
     ByteSize(count * PAGE_BYTES as u64)
 }
 
+fn dirty(stats: &PagerStats) -> String {
+    stats.dirty_pages.map_or_else(|| "?".to_owned(), |count| pages(count).to_string())
+}
+
 /// One line of figures.
 pub fn line(stats: &PagerStats) -> String {
     let gauges = &stats.gauges;
     let latency = &stats.latency;
     format!(
-        "local {} of {} | remote {} | untouched {} | faults {:.0}/s, remote {:.0}/s | \
+        "local {} of {}, dirty {} | remote {} | untouched {} | faults {:.0}/s, remote {:.0}/s | \
          p50 {:.0} us p99 {:.0} us max {:.1} ms | evicted {:.0}/s | in {}/s out {}/s",
         pages(gauges.local_pages),
         pages(gauges.budget_pages),
+        dirty(stats),
         pages(gauges.remote_pages),
         pages(gauges.untouched_pages),
         stats.rates.faults,
@@ -66,9 +71,10 @@ pub fn print_pager(stats: &PagerStats) {
     let resident = pages(gauges.resident_pages);
     println!("memory      {}", pages(gauges.pages));
     println!(
-        "  local     {} of {} ({resident} in use, {} standby)",
+        "  local     {} of {} ({resident} in use, of this {} dirty; {} standby)",
         pages(gauges.local_pages),
         pages(gauges.budget_pages),
+        dirty(stats),
         pages(gauges.standby_pages)
     );
     println!(

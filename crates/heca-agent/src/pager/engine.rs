@@ -507,6 +507,8 @@ impl Engine {
             uptime_s: self.begun.elapsed().as_secs_f64(),
             attach_stopped_us: self.context.stopped.as_secs_f64() * 1e6,
             gauges,
+            // Counted by whoever asks, not by the thread that faults wait for.
+            dirty_pages: None,
             remote_pages_peak: self.remote_peak,
             counters: *self.core.counters(),
             latency: self.statistics.latency(),

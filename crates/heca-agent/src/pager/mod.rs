@@ -30,6 +30,7 @@ use heca_api::{ApiError, EvictionChoice, PagerStats, SponsorAddress};
 use heca_core::pager::{Config, Protection};
 use heca_core::placement::Layout;
 use heca_sys::attach;
+use heca_sys::pagemap::Pagemap;
 use heca_sys::uffd::{Features, Modes, Userfaultfd};
 use heca_types::limits::{BUDGET_PAGES_MIN, EXTENT_PAGES, PAGE_BYTES, REGION_BYTES_MAX};
 use heca_types::{ByteSize, Epoch, OwnerId, PageIndex, RegionId};
@@ -394,7 +395,11 @@ impl PagerHandle {
     pub fn stats(&self) -> Option<PagerStats> {
         let (reply, answer) = bounded(1);
         self.send(Message::Stats(reply));
-        answer.recv_timeout(Duration::from_secs(5)).ok()
+        let mut stats = answer.recv_timeout(Duration::from_secs(5)).ok()?;
+        let Target { pid, base, len, .. } = self.target;
+        stats.dirty_pages =
+            Pagemap::open(pid).and_then(|map| map.count_written(base, base + len)).ok();
+        Some(stats)
     }
 
     /// Changes the local budget. Pages beyond a smaller one are evicted in the background.
