@@ -306,6 +306,8 @@ impl VmManager {
         }
         let vm = Arc::new(self.describe(request));
         *lock(&vm.accel) = format!("{accel:?}").to_lowercase();
+        // From before anybody can find the VM: whoever stops it waits for this.
+        let starting = lock(&vm.starting);
         {
             let mut vms = lock(&self.vms);
             let taken = vms
@@ -323,11 +325,11 @@ impl VmManager {
             }
             vms.insert(request.name.clone(), vm.clone());
         }
-        // Whoever stops the VM waits for this.
-        let starting = lock(&vm.starting);
         if let Err(error) = self.start(&vm, request, &spec, &qemu) {
             vm.kill_all();
             self.forget(&vm);
+            // A stop that waits has nothing left to do.
+            *lock(&vm.state) = VmState::Stopped;
             return Err(error);
         }
         watch(&vm);
@@ -475,7 +477,11 @@ fn watch(vm: &Arc<Vm>) {
                 pager_lost = true;
                 let name = lock(&vm.request).name.clone();
                 tracing::error!(vm = name, "the pager is gone: the guest stands still");
-                *lock(&vm.state) = VmState::PagerLost;
+                let mut state = lock(&vm.state);
+                if *state != VmState::Stopped {
+                    *state = VmState::PagerLost;
+                }
+                drop(state);
                 *lock(&vm.problem) = Some(format!(
                     "the pager ended; the guest stands still at its next fault. See {}",
                     vm.dir.join("pager.log").display()

@@ -189,7 +189,10 @@ impl RemoteRing {
     /// first error of a request.
     pub fn unmap(&mut self, ranges: &[(u64, u64)]) -> io::Result<()> {
         // After a timeout, completions of that batch may still come.
-        self.collect()?;
+        if self.outstanding > 0 {
+            self.submit()?;
+            self.collect()?;
+        }
         for chunk in ranges.chunks(ENTRIES as usize) {
             for &(start, len) in chunk {
                 self.push(start, len);

@@ -276,21 +276,24 @@ fn attach_and_run(setup: Setup<'_>) -> Result<PagerHandle, ApiError> {
     let (renewer, manager) = (remote.clone(), remote.clone());
     let to_engine = (messages.clone(), waker.clone());
     let to_engine2 = to_engine.clone();
-    let threads = [
-        spawn("evictor", Box::new(move || evictor.run())),
-        spawn("leases", Box::new(move || renewer.renew_leases(&to_engine.0, &to_engine.1))),
-        spawn("sponsors", Box::new(move || manager.reconnect(&to_engine2.0, &to_engine2.1))),
-        spawn(
-            "engine",
-            Box::new(move || {
-                engine.run();
-                drop(end);
-            }),
-        ),
-    ];
-    // Threads that did start end by themselves once the channels are gone.
-    let threads: Result<Vec<_>, ApiError> = threads.into_iter().collect();
-    let threads = threads.map_err(|error| {
+    // The engine last, and only if all others run: once it began, pages may leave the process. The
+    // others end by themselves when it does not come, as its end of their channels goes away.
+    let others = || {
+        Ok(vec![
+            spawn("evictor", Box::new(move || evictor.run()))?,
+            spawn("leases", Box::new(move || renewer.renew_leases(&to_engine.0, &to_engine.1)))?,
+            spawn("sponsors", Box::new(move || manager.reconnect(&to_engine2.0, &to_engine2.1)))?,
+        ])
+    };
+    let all = others().and_then(|mut threads: Vec<_>| {
+        let run = move || {
+            engine.run();
+            drop(end);
+        };
+        threads.push(spawn("engine", Box::new(run))?);
+        Ok(threads)
+    });
+    let threads = all.map_err(|error| {
         remote.stop();
         abandon(error)
     })?;

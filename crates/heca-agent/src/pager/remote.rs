@@ -261,7 +261,15 @@ impl Remote {
                 continue;
             }
             let mut control = lock(&peer.control);
-            let Some(link) = control.as_mut() else { continue };
+            let Some(link) = control.as_mut() else {
+                // Up without a way to renew: it has to be opened again.
+                let reason = "the control connection was lost".to_owned();
+                let lost = Message::LinkLost { sponsor: position as u8, reason };
+                if engine.send(lost).is_ok() {
+                    waker.wake();
+                }
+                continue;
+            };
             let config = &self.0.config;
             Header::new(Kind::Renew, config.region, config.epoch, 3).encode_empty(link.output());
             let renewed =

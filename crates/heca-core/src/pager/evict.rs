@@ -6,6 +6,9 @@ use heca_types::{ExtentIndex, PageIndex, PageVersion};
 use super::machine::{DIRTY, PREFETCHED, Page, Pager, State, WANTED, ZERO};
 use super::{Action, Mutation, Unmapped};
 
+/// Standby pages that one step looks at for some that may be dropped.
+const STANDBY_LOOKS_MAX: u64 = 8192;
+
 impl Pager {
     /// Free frames below which pages are dropped.
     pub(super) fn reserve_low(&self) -> u64 {
@@ -28,15 +31,21 @@ impl Pager {
         let usable = if self.starved { 0 } else { self.free_frames() };
         let free = usable + self.punching as i64;
         if free < self.reserve_low() as i64 {
-            let missing = (self.reserve_high() as i64 - free).clamp(0, EVICT_BATCH_PAGES as i64);
-            for _ in 0..missing {
+            let mut missing =
+                (self.reserve_high() as i64 - free).clamp(0, EVICT_BATCH_PAGES as i64);
+            for _ in 0..self.standby.len().min(STANDBY_LOOKS_MAX) {
+                if missing == 0 {
+                    break;
+                }
                 let Some(page) = self.standby.pop(&mut self.links) else { break };
-                if self.up_mask(PageIndex(page)) == 0 {
+                let index = PageIndex(page);
+                if self.up_mask(index) == 0 && !self.page(index).has(ZERO) {
                     // Nobody who has it can be reached: keep the copy that is here.
                     self.standby.push(&mut self.links, page);
                     continue;
                 }
-                self.punch(PageIndex(page), out);
+                self.punch(index, out);
+                missing -= 1;
             }
         }
         let in_flight = self.unmapping + self.storing;
@@ -155,7 +164,8 @@ impl Pager {
             return;
         }
         if ok {
-            p.store |= 0x10 << replica;
+            // Not for a replica that lost what it held since it was sent the page.
+            p.store |= (p.store & 1 << replica) << 4;
         } else {
             p.store &= !(1 << replica);
         }
@@ -238,7 +248,8 @@ impl Pager {
                 self.back_to_resident(page, DIRTY);
                 out.push(Action::Continue { page, protect: false });
             } else {
-                self.park(page, p.flags & ZERO);
+                // Whether the copies still are where they were is not known any more.
+                self.back_to_resident(page, DIRTY);
             }
             return;
         }
