@@ -167,6 +167,11 @@ fn carry_out(map: &SharedMap, order: &Order, writes: &mut Vec<Writes>) -> Measur
 /// The target process: takes orders on standard input until it ends.
 pub fn run(arguments: &BenchTargetArguments) -> anyhow::Result<()> {
     heca_sys::process::die_with_parent()?;
+    // The scheduler would move it at each wake-up, now beside and now onto the thread that serves
+    // its faults; runs would differ by half. Floors and Heca get the same.
+    let mut first = rustix::thread::CpuSet::new();
+    first.set(0);
+    rustix::thread::sched_setaffinity(None, &first)?;
     let file = File::options().read(true).write(true).open(&arguments.file)?;
     let map = SharedMap::new(&file, file.metadata()?.len() as usize)?;
     let mut out = std::io::stdout().lock();
