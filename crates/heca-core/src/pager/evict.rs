@@ -93,14 +93,6 @@ impl Pager {
         out.push(Action::Unmap { page, version, dirty, replicas });
     }
 
-    fn back_to_resident(&mut self, page: PageIndex, flags: u8) {
-        let p = self.page(page);
-        p.state = State::Resident;
-        p.flags = flags;
-        p.store = 0;
-        self.active.push(&mut self.links, page.0);
-    }
-
     fn park(&mut self, page: PageIndex, flags: u8) {
         let p = self.page(page);
         p.state = State::Standby;
@@ -120,13 +112,13 @@ impl Pager {
             // `Clean` with `DIRTY`: the copy that it relied on was lost meanwhile.
             Unmapped::Clean if p.has(DIRTY) => {
                 self.page(page).version -= 1;
-                self.back_to_resident(page, p.flags);
+                self.make_resident(page, p.flags);
             }
             Unmapped::Mapped | Unmapped::Failed => {
                 self.counters.skipped_mapped += 1;
                 // Nothing was sent: the version that the sponsors hold is the one before.
                 self.page(page).version -= 1;
-                self.back_to_resident(page, p.flags);
+                self.make_resident(page, p.flags);
             }
             Unmapped::Clean => {
                 debug_assert!(p.version > 1, "clean without a remote copy");
@@ -195,7 +187,7 @@ impl Pager {
             State::Resident | State::Unmapping => p.flags |= DIRTY,
             State::Standby => {
                 self.standby.remove(&mut self.links, page.0);
-                self.back_to_resident(page, DIRTY);
+                self.make_resident(page, DIRTY);
             }
             State::Storing => {
                 p.store &= !(0x11 << replica);
@@ -221,7 +213,7 @@ impl Pager {
         }
         self.storing -= 1;
         if acked == 0 || (live & !acked != 0 && !early) {
-            self.back_to_resident(page, DIRTY);
+            self.make_resident(page, DIRTY);
             return;
         }
         let extent = page.extent();
@@ -244,12 +236,10 @@ impl Pager {
         debug_assert_eq!(p.state, State::Punching);
         if !ok {
             self.counters.punch_failures += 1;
+            // Whether the copies still are where they were is not known any more.
+            self.make_resident(page, DIRTY);
             if p.has(WANTED) {
-                self.back_to_resident(page, DIRTY);
                 out.push(Action::Continue { page, protect: false });
-            } else {
-                // Whether the copies still are where they were is not known any more.
-                self.back_to_resident(page, DIRTY);
             }
             return;
         }

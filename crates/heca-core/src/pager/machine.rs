@@ -179,12 +179,6 @@ impl Pager {
             && self.frames + self.untouched + self.poisoned == self.config.pages
     }
 
-    /// Bytes that this machine's tables use, for sizing.
-    #[must_use]
-    pub fn table_bytes(&self) -> u64 {
-        self.config.pages * (size_of::<Page>() as u64 + 8)
-    }
-
     /// Takes one event and appends what is to be done.
     pub fn step(&mut self, event: Event, out: &mut Vec<Action>) {
         match event {
@@ -303,10 +297,12 @@ impl Pager {
         self.fetch_ahead(page, out);
     }
 
-    fn make_resident(&mut self, page: PageIndex, flags: u8) {
+    /// The page is in use, as the youngest.
+    pub(super) fn make_resident(&mut self, page: PageIndex, flags: u8) {
         let p = self.page(page);
         p.state = State::Resident;
         p.flags = flags;
+        p.store = 0;
         self.active.push(&mut self.links, page.0);
     }
 
@@ -440,7 +436,6 @@ impl Pager {
     fn cancel(&mut self, page: PageIndex, kind: FaultKind, out: &mut Vec<Action>) {
         let forget = self.config.mutation == Some(Mutation::ForgetDirty);
         self.make_resident(page, if forget { 0 } else { DIRTY });
-        self.page(page).store = 0;
         if kind == FaultKind::WriteProtect {
             out.push(Action::Unprotect { page });
         } else {
