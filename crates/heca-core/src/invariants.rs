@@ -19,8 +19,10 @@ pub const PG_2: Invariant = Invariant {
     text: "no page is dropped before all live replicas acknowledged its newest content",
 };
 /// Fetches are not duplicated.
-pub const PG_3: Invariant =
-    Invariant { id: "PG-3", text: "at most one fetch of a page is in flight" };
+pub const PG_3: Invariant = Invariant {
+    id: "PG-3",
+    text: "for one fetch of a page no replica is asked twice, and at most two at a time",
+};
 /// Faults are answered.
 pub const PG_4: Invariant =
     Invariant { id: "PG-4", text: "every page fault is woken or poisoned, none is forgotten" };
@@ -42,5 +44,16 @@ pub const PL_1: Invariant =
 pub const PL_2: Invariant =
     Invariant { id: "PL-2", text: "a sponsor never promises more than its offer" };
 
+/// Redundancy is not assumed.
+pub const RB_1: Invariant = Invariant {
+    id: "RB-1",
+    text: "a replica that counts as complete holds every stored page in its newest version",
+};
+/// Redundancy comes back.
+pub const RB_2: Invariant = Invariant {
+    id: "RB-2",
+    text: "once faults heal, every extent gets back its number of complete replicas",
+};
+
 /// Every invariant.
-pub const ALL: [Invariant; 9] = [PG_1, PG_2, PG_3, PG_4, PG_5, PG_6, EP_1, PL_1, PL_2];
+pub const ALL: [Invariant; 11] = [PG_1, PG_2, PG_3, PG_4, PG_5, PG_6, EP_1, PL_1, PL_2, RB_1, RB_2];

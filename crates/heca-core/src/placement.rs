@@ -1,7 +1,7 @@
 //! Which sponsors hold which extents of a region.
 
 use heca_types::ExtentIndex;
-use heca_types::limits::{REPLICAS_MAX, SPONSORS_MAX};
+use heca_types::limits::{REPLICAS_MAX, REPLICAS_WANTED_MAX, SPONSORS_MAX};
 use serde::{Deserialize, Serialize};
 
 /// The sponsors of one extent, as positions in the region's list of sponsors. The first is the
@@ -41,6 +41,37 @@ impl ReplicaSet {
         self.sponsors().iter().position(|&s| s == sponsor).map(|p| p as u8)
     }
 
+    /// Number of replicas.
+    #[must_use]
+    pub fn count(&self) -> u8 {
+        self.len
+    }
+
+    /// The set with one more sponsor, as the last; `None` if there is no room or it is in the set
+    /// already.
+    #[must_use]
+    pub fn with(mut self, sponsor: u8) -> Option<Self> {
+        if usize::from(self.len) == REPLICAS_MAX || self.position(sponsor).is_some() {
+            return None;
+        }
+        self.sponsors[usize::from(self.len)] = sponsor;
+        self.len += 1;
+        Some(self)
+    }
+
+    /// The set without the replica at `position`, whose place the last one takes.
+    ///
+    /// # Panics
+    /// If there is no such replica, or no other.
+    #[must_use]
+    pub fn without(mut self, position: u8) -> Self {
+        assert!(position < self.len && self.len > 1, "an extent keeps a replica");
+        self.len -= 1;
+        self.sponsors[usize::from(position)] = self.sponsors[usize::from(self.len)];
+        self.sponsors[usize::from(self.len)] = 0;
+        self
+    }
+
     /// Bit mask with one bit for each replica.
     #[must_use]
     pub fn all(&self) -> u8 {
@@ -67,7 +98,7 @@ pub enum PlacementError {
         sponsors: usize,
     },
     /// Out of the allowed range.
-    #[error("{replicas} replicas: 1 to {REPLICAS_MAX} are possible")]
+    #[error("{replicas} replicas: 1 to {REPLICAS_WANTED_MAX} are possible")]
     Replicas {
         /// Replicas asked for.
         replicas: usize,
@@ -98,7 +129,7 @@ impl Layout {
         if !(1..=SPONSORS_MAX).contains(&sponsors) {
             return Err(PlacementError::Sponsors { sponsors });
         }
-        if !(1..=REPLICAS_MAX).contains(&replicas) {
+        if !(1..=REPLICAS_WANTED_MAX).contains(&replicas) {
             return Err(PlacementError::Replicas { replicas });
         }
         if sponsors < replicas {
@@ -147,6 +178,11 @@ impl Layout {
     #[must_use]
     pub fn replicas(&self, extent: ExtentIndex) -> ReplicaSet {
         self.extents[extent.0 as usize]
+    }
+
+    /// Gives an extent another replica set.
+    pub fn set(&mut self, extent: ExtentIndex, set: ReplicaSet) {
+        self.extents[extent.0 as usize] = set;
     }
 
     /// The extents that a sponsor holds, in rising order.

@@ -18,6 +18,8 @@ pub const REGIONS_MAX: usize = 4096;
 pub const SPONSORS_MAX: usize = 16;
 /// Replicas of one extent. The pager keeps their acknowledgements in four bits of a page's word.
 pub const REPLICAS_MAX: usize = 4;
+/// Replicas that a user may ask for: one more is there while an extent moves.
+pub const REPLICAS_WANTED_MAX: usize = REPLICAS_MAX - 1;
 
 /// Pages in one frame.
 pub const FRAME_PAGES_MAX: usize = 64;
@@ -36,6 +38,8 @@ pub const PREFETCH_WINDOW_MAX: u32 = 64;
 pub const EVICT_BATCH_PAGES: usize = 64;
 /// Pages between "chosen as victim" and "stored by all replicas".
 pub const EVICT_PAGES_IN_FLIGHT_MAX: usize = 512;
+/// Pages that are being copied between sponsors for one region.
+pub const PULLS_IN_FLIGHT_MAX: usize = 256;
 /// userfaultfd messages that are read by one system call.
 pub const FAULT_BATCH: usize = 64;
 

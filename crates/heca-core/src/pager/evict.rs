@@ -76,12 +76,13 @@ impl Pager {
             p.flags &= !PREFETCHED;
             self.prefetch_wasted();
         }
+        let version = PageVersion(self.page(page).version);
         self.punching += 1;
-        out.push(Action::Punch { page });
+        out.push(Action::Punch { page, version });
     }
 
     fn unmap(&mut self, page: PageIndex, out: &mut Vec<Action>) {
-        let replicas = self.live_mask(page);
+        let sponsors = self.sponsor_mask(page, self.live_mask(page));
         let p = self.page(page);
         debug_assert_eq!(p.state, State::Resident);
         p.state = State::Unmapping;
@@ -90,7 +91,7 @@ impl Pager {
         p.store = 0;
         let dirty = p.has(DIRTY);
         self.unmapping += 1;
-        out.push(Action::Unmap { page, version, dirty, replicas });
+        out.push(Action::Unmap { page, version, dirty, sponsors });
     }
 
     fn park(&mut self, page: PageIndex, flags: u8) {
@@ -131,8 +132,9 @@ impl Pager {
                 self.counters.evicted_zero_pages += 1;
                 self.park(page, ZERO);
             }
-            Unmapped::Sent(replicas) | Unmapped::Zero(replicas) => {
+            Unmapped::Sent(sponsors) | Unmapped::Zero(sponsors) => {
                 let zero = matches!(outcome, Unmapped::Zero(_));
+                let replicas = self.replica_mask(page, sponsors);
                 let p = self.page(page);
                 p.state = State::Storing;
                 p.flags = if zero { ZERO } else { 0 };
@@ -174,6 +176,7 @@ impl Pager {
                 continue;
             };
             self.stale[number as usize] |= 1 << replica;
+            self.changed.push(extent);
             let first = u64::from(number) * EXTENT_PAGES;
             for number in first..(first + EXTENT_PAGES).min(self.config.pages) {
                 self.copy_lost(PageIndex(number), replica);
@@ -203,7 +206,7 @@ impl Pager {
 
     /// Ends `Storing` once nothing is outstanding: in standby if every live replica has the page,
     /// else back in use to be stored again later.
-    fn settle(&mut self, page: PageIndex) {
+    pub(super) fn settle(&mut self, page: PageIndex) {
         let live = self.live_mask(page);
         let p = *self.page(page);
         let (sent, acked) = (p.store & 0xf, p.store >> 4);
@@ -219,8 +222,10 @@ impl Pager {
         let extent = page.extent();
         let all = self.config.layout.replicas(extent).all();
         // Replicas that are down, or were when this was sent, now have a gap.
-        if !early {
+        let stale = self.stale[extent.0 as usize];
+        if !early && stale | (all & !acked) != stale {
             self.stale[extent.0 as usize] |= all & !acked;
+            self.changed.push(extent);
         }
         if p.has(ZERO) {
             self.counters.evicted_zero_pages += 1;

@@ -4,7 +4,11 @@ use heca_types::limits::PREFETCH_PAGES_IN_FLIGHT_MAX;
 use heca_types::{PageIndex, PageVersion};
 
 use super::machine::{ASKED_TWICE, PREFETCHED, Pager, State, WANTED};
-use super::{Action, FetchClass, FetchError};
+use super::{Action, FetchClass, FetchError, Mutation};
+
+/// A replica must be this much faster than the preferred one to be asked instead, in microseconds
+/// and beside a factor of 1.5: between equals the load is to be shared.
+const FASTER_US: u64 = 50;
 
 impl Pager {
     pub(super) fn start_fetch(
@@ -34,22 +38,15 @@ impl Pager {
     /// none the fault waits for a sponsor; if all of them failed the page is lost.
     pub(super) fn ask(&mut self, page: PageIndex, class: FetchClass, out: &mut Vec<Action>) {
         let set = self.config.layout.replicas(page.extent());
-        let stale = self.stale[page.extent().0 as usize];
         let p = *self.page(page);
         let failed = p.fetch >> 4;
-        let up = self.up_mask(page);
-        let fresh = up & !failed & !stale;
-        let usable = if fresh == 0 { up & !failed } else { fresh };
-        if usable != 0 {
-            let replica = usable.trailing_zeros() as u8;
-            if fresh == 0 {
-                self.counters.fetched_from_stale += 1;
-            }
-            let p = self.page(page);
-            p.fetch = (p.fetch & 0xf0) | replica;
-            let version = PageVersion(p.version);
-            let sponsor = set.sponsors()[usize::from(replica)];
-            out.push(Action::Fetch { page, version, sponsor, class });
+        if let Some((replica, fresh)) = self.best_replica(page) {
+            self.counters.fetched_from_stale += u64::from(!fresh);
+            self.ask_replica(page, replica, class, out);
+            return;
+        }
+        if p.fetch & 0xf != 0 {
+            // Another one was asked and may still answer.
             return;
         }
         if failed == set.all() && !p.has(ASKED_TWICE) {
@@ -79,19 +76,85 @@ impl Pager {
         self.blocked.push(&mut self.links, page.0);
     }
 
-    /// Replicas of the page's extent that can be reached.
-    pub(super) fn up_mask(&self, page: PageIndex) -> u8 {
-        let set = self.config.layout.replicas(page.extent());
-        let bits = set.sponsors().iter().enumerate();
-        bits.filter(|&(_, &s)| self.up >> s & 1 == 1).fold(0, |mask, (i, _)| mask | 1 << i)
+    fn ask_replica(
+        &mut self,
+        page: PageIndex,
+        replica: u8,
+        class: FetchClass,
+        out: &mut Vec<Action>,
+    ) {
+        let sponsor = self.config.layout.replicas(page.extent()).sponsors()[usize::from(replica)];
+        let p = self.page(page);
+        p.fetch |= 1 << replica;
+        let version = PageVersion(p.version);
+        out.push(Action::Fetch { page, version, sponsor, class });
     }
 
-    /// Replicas that a write must reach: those up and without a gap. If there are none, all that
+    /// The replica to ask for a page, and whether it missed no write: the first of the set, unless
+    /// it is suspect or clearly slower than another.
+    fn best_replica(&self, page: PageIndex) -> Option<(u8, bool)> {
+        let p = self.pages[page.0 as usize];
+        let set = self.config.layout.replicas(page.extent());
+        let usable = self.up_mask(page) & !(p.fetch >> 4) & !(p.fetch & 0xf);
+        let fresh = usable & !self.stale[page.extent().0 as usize];
+        let candidates = if fresh == 0 { usable } else { fresh };
+        let rank = |replica: u8| {
+            let sponsor = set.sponsors()[usize::from(replica)];
+            let us = self.latency_us[usize::from(sponsor)];
+            (self.suspect >> sponsor & 1 == 1, us)
+        };
+        let mut among = (0..set.count()).filter(|&r| candidates >> r & 1 == 1);
+        let mut best = among.next()?;
+        for replica in among {
+            let ((suspect, us), (best_suspect, best_us)) = (rank(replica), rank(best));
+            let faster = u64::from(us) * 3 / 2 + FASTER_US < u64::from(best_us);
+            if (best_suspect && !suspect) || (best_suspect == suspect && faster) {
+                best = replica;
+            }
+        }
+        Some((best, fresh != 0))
+    }
+
+    /// The answer of one replica is overdue: ask one other, if there is one as good.
+    pub(super) fn hedge(&mut self, page: PageIndex, sponsor: u8, out: &mut Vec<Action>) {
+        let p = *self.page(page);
+        let position = self.config.layout.replicas(page.extent()).position(sponsor);
+        let only = position.is_some_and(|r| p.fetch & 0xf == 1 << r);
+        if p.state != State::Fetching || !p.has(WANTED) || !only {
+            return;
+        }
+        if let Some((replica, true)) = self.best_replica(page) {
+            self.counters.hedged_fetches += 1;
+            self.ask_replica(page, replica, FetchClass::Demand, out);
+        }
+    }
+
+    /// Replicas of the page's extent that can be reached.
+    pub(super) fn up_mask(&self, page: PageIndex) -> u8 {
+        self.replica_mask(page, self.up)
+    }
+
+    /// The sponsors of these replicas.
+    pub(super) fn sponsor_mask(&self, page: PageIndex, replicas: u8) -> u16 {
+        let set = self.config.layout.replicas(page.extent());
+        let bits = set.sponsors().iter().enumerate();
+        bits.filter(|&(i, _)| replicas >> i & 1 == 1).fold(0, |mask, (_, &s)| mask | 1 << s)
+    }
+
+    /// The replicas on these sponsors.
+    pub(super) fn replica_mask(&self, page: PageIndex, sponsors: u16) -> u8 {
+        let set = self.config.layout.replicas(page.extent());
+        let bits = set.sponsors().iter().enumerate();
+        bits.filter(|&(_, &s)| sponsors >> s & 1 == 1).fold(0, |mask, (i, _)| mask | 1 << i)
+    }
+
+    /// Replicas that a write must reach: those up and without a gap, or about to have none. If there are none, all that
     /// are up: a copy on a replica with gaps is as good as any for the page itself, as every read
     /// names its version, and eviction must go on.
     pub(super) fn live_mask(&self, page: PageIndex) -> u8 {
         let up = self.up_mask(page);
-        match up & !self.stale[page.extent().0 as usize] {
+        let extent = page.extent();
+        match up & (!self.stale[extent.0 as usize] | self.filling_mask(extent)) {
             0 => up,
             without_gap => without_gap,
         }
@@ -109,11 +172,26 @@ impl Pager {
         self.remote += 1;
     }
 
-    pub(super) fn fetched(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+    pub(super) fn fetched(
+        &mut self,
+        page: PageIndex,
+        version: PageVersion,
+        sponsor: u8,
+        out: &mut Vec<Action>,
+    ) {
         let p = *self.page(page);
-        if p.state != State::Fetching {
+        let any = self.config.mutation == Some(Mutation::HedgeAnyVersion);
+        // An answer to an earlier fetch is as good while the page did not change since.
+        if p.state != State::Fetching || (p.version != version.0 && !any) {
             self.counters.late_results += 1;
             return;
+        }
+        if let Some(replica) = self.config.layout.replicas(page.extent()).position(sponsor) {
+            let p = self.page(page);
+            p.fetch &= !(1 << replica);
+            if p.fetch & 0xf != 0 {
+                self.counters.hedges_won += 1;
+            }
         }
         if p.has(WANTED) || !p.has(PREFETCHED) {
             out.push(Action::Copy { page });
@@ -129,19 +207,22 @@ impl Pager {
         error: FetchError,
         out: &mut Vec<Action>,
     ) {
-        let set = self.config.layout.replicas(page.extent());
+        let replica = self.config.layout.replicas(page.extent()).position(sponsor);
         let p = *self.page(page);
-        let replica = p.fetch & 0xf;
-        if p.state != State::Fetching || set.position(sponsor) != Some(replica) {
+        let asked = replica.is_some_and(|r| p.fetch >> r & 1 == 1);
+        let (State::Fetching, Some(replica), true) = (p.state, replica, asked) else {
             self.counters.late_results += 1;
             return;
-        }
+        };
         if error == FetchError::Corrupt {
             self.counters.corrupt_replies += 1;
         }
+        let p = self.page(page);
+        p.fetch &= !(1 << replica);
         if error != FetchError::Lost {
-            self.page(page).fetch |= 1 << (4 + replica);
+            p.fetch |= 1 << (4 + replica);
         }
+        let p = *p;
         if p.has(PREFETCHED) && !p.has(WANTED) {
             if self.restore_next.is_some() {
                 self.ask(page, FetchClass::Prefetch, out);

@@ -1,8 +1,9 @@
 //! The state machine: faults, fetches, installs.
 
-use heca_types::PageIndex;
+use heca_types::{ExtentIndex, PageIndex};
 
 use super::list::{Links, List};
+use super::rebuild::Rebuild;
 use super::stream::Streams;
 use super::{
     Action, Config, Counters, Event, FaultKind, FetchClass, Gauges, Install, InstallResult,
@@ -21,6 +22,9 @@ pub(super) enum State {
     Fetching,
     Poisoned,
 }
+
+/// Ticks before the first look for extents to rebuild.
+const PAUSE_AT_START: u64 = 2;
 
 /// The sponsors may not have the page's content: store it even if the kernel calls it clean.
 pub(super) const DIRTY: u8 = 1;
@@ -43,11 +47,15 @@ pub(super) struct Page {
     pub(super) flags: u8,
     /// Storing: replicas that were sent the page (low half) and acknowledged it (high half).
     pub(super) store: u8,
-    /// Fetching: replica asked (low half) and replicas that failed (high half).
+    /// Fetching: replicas asked that did not answer yet (low half) and that failed (high half).
     pub(super) fetch: u8,
 }
 
 const _: () = assert!(size_of::<Page>() == 8);
+
+fn set_bit(mask: &mut u16, sponsor: u8, on: bool) {
+    *mask = *mask & !(1 << sponsor) | u16::from(on) << sponsor;
+}
 
 impl Page {
     pub(super) fn has(self, flag: u8) -> bool {
@@ -71,6 +79,26 @@ pub struct Pager {
     /// Faults that wait for a sponsor.
     pub(super) blocked: List,
     pub(super) stale: Vec<StaleMask>,
+    /// Sponsors that are down and whose extents may go elsewhere.
+    pub(super) lost: u16,
+    /// Sponsors that want to be rid of their extents.
+    pub(super) leaving: u16,
+    /// Sponsors that are slow to answer anything.
+    pub(super) suspect: u16,
+    /// Sponsors that refused an extent lately.
+    pub(super) refused: u16,
+    pub(super) latency_us: Vec<u32>,
+    /// Extents that each sponsor holds.
+    pub(super) held: Vec<u64>,
+    pub(super) rebuild: Option<Rebuild>,
+    /// No look for extents to rebuild before this tick.
+    pub(super) rebuild_pause: u64,
+    /// Extent where the next look begins.
+    pub(super) rebuild_cursor: u32,
+    pub(super) attempt: u32,
+    pub(super) ticks: u64,
+    /// Extents whose record is to be written down.
+    pub(super) changed: Vec<ExtentIndex>,
     pub(super) up: u16,
     pub(super) frames: u64,
     pub(super) unmapping: u64,
@@ -78,7 +106,7 @@ pub struct Pager {
     pub(super) punching: u64,
     pub(super) prefetching: u64,
     pub(super) remote: u64,
-    untouched: u64,
+    pub(super) untouched: u64,
     pub(super) poisoned: u64,
     pub(super) streams: Streams,
     pub(super) restore_next: Option<u64>,
@@ -99,7 +127,7 @@ impl Pager {
         let extents = pages.div_ceil(heca_types::limits::EXTENT_PAGES);
         assert!(u64::from(config.layout.len()) >= extents, "layout too short for the region");
         let page = Page { version: 0, state: State::Untouched, flags: 0, store: 0, fetch: 0 };
-        Self {
+        let mut pager = Self {
             pages: vec![page; pages as usize],
             links: Links::new(pages),
             active: List::new(),
@@ -107,7 +135,19 @@ impl Pager {
             stalled: List::new(),
             blocked: List::new(),
             stale: vec![0; config.layout.len() as usize],
-            up: ((1u32 << config.sponsors) - 1) as u16,
+            up: ((1u32 << config.weights.len()) - 1) as u16,
+            lost: 0,
+            leaving: 0,
+            suspect: 0,
+            refused: 0,
+            latency_us: vec![0; config.weights.len()],
+            held: vec![0; config.weights.len()],
+            rebuild: None,
+            rebuild_pause: PAUSE_AT_START,
+            rebuild_cursor: 0,
+            attempt: 0,
+            ticks: 0,
+            changed: Vec::new(),
             frames: 0,
             unmapping: 0,
             storing: 0,
@@ -122,20 +162,9 @@ impl Pager {
             owner_gone: false,
             starved: false,
             config,
-        }
-    }
-
-    /// Declares a page that was in local memory before the pager began. To be called before the
-    /// first event.
-    pub fn adopt_resident(&mut self, page: PageIndex) {
-        let p = &mut self.pages[page.0 as usize];
-        if p.state == State::Untouched {
-            p.state = State::Resident;
-            p.flags = DIRTY;
-            self.untouched -= 1;
-            self.frames += 1;
-            self.active.push(&mut self.links, page.0);
-        }
+        };
+        pager.count_holdings();
+        pager
     }
 
     /// Counts since the start.
@@ -147,6 +176,7 @@ impl Pager {
     /// Where the pages are now.
     #[must_use]
     pub fn gauges(&self) -> Gauges {
+        let (degraded_extents, leaving_extents) = self.redundancy();
         Gauges {
             pages: self.config.pages,
             budget_pages: self.config.budget_pages,
@@ -158,6 +188,9 @@ impl Pager {
             stalled_faults: self.stalled.len(),
             blocked_faults: self.blocked.len(),
             poisoned_pages: self.poisoned,
+            extents: u64::from(self.config.layout.len()),
+            degraded_extents,
+            leaving_extents,
         }
     }
 
@@ -183,7 +216,8 @@ impl Pager {
     pub fn step(&mut self, event: Event, out: &mut Vec<Action>) {
         match event {
             Event::Fault { page, kind } => self.fault(page, kind, out),
-            Event::Fetched { page } => self.fetched(page, out),
+            Event::Fetched { page, version, sponsor } => self.fetched(page, version, sponsor, out),
+            Event::Late { page, sponsor } => self.hedge(page, sponsor, out),
             Event::FetchFailed { page, sponsor, error } => {
                 self.fetch_failed(page, sponsor, error, out);
             }
@@ -194,9 +228,37 @@ impl Pager {
                 self.stored(page, version, sponsor, false);
             }
             Event::Punched { page, ok } => self.punched(page, ok, out),
-            Event::SponsorDown { sponsor } => self.up &= !(1 << sponsor),
+            Event::SponsorDown { sponsor } => {
+                self.up &= !(1 << sponsor);
+                self.rebuild_lost(sponsor, out);
+            }
             Event::SponsorUp { sponsor } => self.sponsor_up(sponsor, out),
-            Event::SponsorEmptied { sponsor } => self.sponsor_emptied(sponsor),
+            Event::SponsorEmptied { sponsor } => {
+                self.sponsor_emptied(sponsor);
+                self.rebuild_lost(sponsor, out);
+            }
+            Event::SponsorLost { sponsor } => {
+                self.lost |= 1 << sponsor;
+                self.look_for_rebuilds();
+                self.rebuild_more(out);
+            }
+            Event::SponsorSuspect { sponsor, suspect } => {
+                set_bit(&mut self.suspect, sponsor, suspect);
+            }
+            Event::SponsorLeaving { sponsor, leaving } => {
+                set_bit(&mut self.leaving, sponsor, leaving);
+                self.look_for_rebuilds();
+                self.rebuild_more(out);
+            }
+            Event::Latency { sponsor, us } => self.latency_us[usize::from(sponsor)] = us,
+            Event::Held { extent, sponsor, ok } => {
+                self.held_answer(extent, sponsor, ok, out);
+                self.rebuild_more(out);
+            }
+            Event::Pulled { page, attempt, ok } => {
+                self.pulled(page, attempt, ok);
+                self.rebuild_more(out);
+            }
             Event::SetBudget { pages } => {
                 if self.restore_next.is_none() {
                     self.config.budget_pages = pages;
@@ -206,7 +268,12 @@ impl Pager {
                 self.config.budget_pages = u64::MAX / 4;
                 self.restore_next = Some(0);
             }
-            Event::Tick => self.starved = false,
+            Event::Work => self.rebuild_more(out),
+            Event::Tick => {
+                self.starved = false;
+                self.ticks += 1;
+                self.rebuild_more(out);
+            }
         }
         if self.owner_gone {
             out.clear();
@@ -215,6 +282,7 @@ impl Pager {
         self.serve_stalled(out);
         self.balance(out);
         self.restore_more(out);
+        out.extend(self.changed.drain(..).map(|extent| Action::Extent { extent }));
     }
 
     pub(super) fn page(&mut self, page: PageIndex) -> &mut Page {
@@ -262,6 +330,7 @@ impl Pager {
                 self.counters.faults_while_fetching += 1;
                 self.page(page).flags |= WANTED;
                 if self.config.mutation == Some(Mutation::FetchTwice) {
+                    self.page(page).fetch = 0;
                     self.ask(page, FetchClass::Demand, out);
                 }
             }
@@ -477,6 +546,9 @@ impl Pager {
 
     fn sponsor_up(&mut self, sponsor: u8, out: &mut Vec<Action>) {
         self.up |= 1 << sponsor;
+        set_bit(&mut self.lost, sponsor, false);
+        set_bit(&mut self.suspect, sponsor, false);
+        self.look_for_rebuilds();
         // Each blocked fault gets one look; those that still find no sponsor queue up again.
         for _ in 0..self.blocked.len() {
             let Some(page) = self.blocked.pop(&mut self.links) else { return };

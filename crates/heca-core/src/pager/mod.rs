@@ -36,14 +36,17 @@ mod evict;
 mod fetch;
 mod list;
 mod machine;
+mod rebuild;
+mod recover;
 mod stream;
 #[cfg(test)]
 mod tests;
 
-use heca_types::{PageIndex, PageVersion};
+use heca_types::{ExtentIndex, PageIndex, PageVersion};
 use serde::{Deserialize, Serialize};
 
 pub use machine::Pager;
+pub use recover::BadRecord;
 
 use crate::placement::Layout;
 
@@ -75,23 +78,35 @@ pub enum Mutation {
     IgnoreBudget,
     /// Sponsors accept older epochs (breaks EP-1).
     AcceptStaleEpoch,
+    /// A late answer counts although the page changed since it was asked for (breaks PG-1).
+    HedgeAnyVersion,
+    /// A replica counts as complete while copies to it are still under way (breaks RB-1).
+    RebuildEarly,
+    /// After a crash of the pager, pages that are not in local memory count as never written
+    /// (breaks PG-1).
+    RecoverAsZero,
 }
 
 impl Mutation {
     /// Every mutation.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::ForgetDirty,
         Self::PunchEarly,
         Self::FetchTwice,
         Self::ForgetFault,
         Self::IgnoreBudget,
         Self::AcceptStaleEpoch,
+        Self::HedgeAnyVersion,
+        Self::RebuildEarly,
+        Self::RecoverAsZero,
     ];
 }
 
 /// Settings of a pager.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// Replicas that each extent should have.
+    pub replicas: u8,
     /// Pages in the region.
     pub pages: u64,
     /// Pages that may be local at a time.
@@ -100,8 +115,8 @@ pub struct Config {
     pub protection: Protection,
     /// Replica set of each extent.
     pub layout: Layout,
-    /// Number of sponsors that the layout speaks of.
-    pub sponsors: u8,
+    /// Share of each sponsor; extents may move to any of them.
+    pub weights: Vec<u32>,
     /// Whether sequential streams are fetched ahead.
     pub prefetch: bool,
     /// Break an invariant on purpose.
@@ -165,17 +180,17 @@ pub enum InstallResult {
     Gone,
 }
 
-/// Outcome of an [`Action::Unmap`]. Masks have one bit for each replica of the extent.
+/// Outcome of an [`Action::Unmap`]. Masks have one bit for each sponsor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unmapped {
     /// The page is still mapped; nothing was sent.
     Mapped,
     /// The page was not written since it was installed; nothing was sent.
     Clean,
-    /// The page was sent to these replicas.
-    Sent(u8),
-    /// The page is all zeros; these replicas were told (none if none ever had it).
-    Zero(u8),
+    /// The page was sent to these sponsors.
+    Sent(u16),
+    /// The page is all zeros; these sponsors were told (none if none ever had it).
+    Zero(u16),
     /// The page could not be read; nothing was sent.
     Failed,
 }
@@ -190,10 +205,21 @@ pub enum Event {
         /// Why.
         kind: FaultKind,
     },
-    /// A reply with the expected version and a good checksum is at hand.
+    /// A reply with the version asked for and a good checksum is at hand.
     Fetched {
         /// The page.
         page: PageIndex,
+        /// The version that was asked for.
+        version: PageVersion,
+        /// Who sent it.
+        sponsor: u8,
+    },
+    /// The answer to a fetch that a thread waits for is overdue: ask another replica, too.
+    Late {
+        /// The page.
+        page: PageIndex,
+        /// Who was asked.
+        sponsor: u8,
     },
     /// A fetch failed.
     FetchFailed {
@@ -262,6 +288,50 @@ pub enum Event {
         /// Which.
         sponsor: u8,
     },
+    /// A sponsor that was down stays away: its extents may go elsewhere. `SponsorUp` takes it back.
+    SponsorLost {
+        /// Which.
+        sponsor: u8,
+    },
+    /// A sponsor is slow to answer anything: others are asked first.
+    SponsorSuspect {
+        /// Which.
+        sponsor: u8,
+        /// Whether it is under suspicion now.
+        suspect: bool,
+    },
+    /// A sponsor wants to be rid of what it holds: it is being emptied, or its host runs short.
+    SponsorLeaving {
+        /// Which.
+        sponsor: u8,
+        /// Whether it wants to now.
+        leaving: bool,
+    },
+    /// How long a sponsor takes to answer a read, in microseconds: a smoothed figure.
+    Latency {
+        /// Which.
+        sponsor: u8,
+        /// The figure.
+        us: u32,
+    },
+    /// Answer to [`Action::Hold`].
+    Held {
+        /// The extent.
+        extent: ExtentIndex,
+        /// Who was asked.
+        sponsor: u8,
+        /// Whether it holds the extent now.
+        ok: bool,
+    },
+    /// Answer to [`Action::Pull`].
+    Pulled {
+        /// The page.
+        page: PageIndex,
+        /// As in the action.
+        attempt: u32,
+        /// Whether the target has the page in this or a newer version now.
+        ok: bool,
+    },
     /// The local budget changes.
     SetBudget {
         /// New budget, in pages.
@@ -269,8 +339,10 @@ pub enum Event {
     },
     /// Bring every page back to local memory, to let the owner go on without a pager.
     Restore,
-    /// Time passed: retry what waits for memory.
+    /// Time passed: retry what waits for memory, look for extents to rebuild.
     Tick,
+    /// There is time to go on with a rebuild; see [`Pager::has_work`].
+    Work,
 }
 
 /// Who waits for a fetch.
@@ -341,13 +413,49 @@ pub enum Action {
         version: PageVersion,
         /// Store it even if the kernel calls it clean.
         dirty: bool,
-        /// Replicas to store it on.
-        replicas: u8,
+        /// Sponsors to store it on, one bit each.
+        sponsors: u16,
     },
     /// Free the page's local memory.
     Punch {
         /// The page.
         page: PageIndex,
+        /// The version that the sponsors hold; 0 if there is none and the page is all zeros. To be
+        /// written down before the page goes.
+        version: PageVersion,
+    },
+    /// The replica set of an extent, or what is known of its gaps, changed: write down
+    /// [`Pager::extent_record`] before anything that comes later.
+    Extent {
+        /// The extent.
+        extent: ExtentIndex,
+    },
+    /// Ask a sponsor to hold an extent.
+    Hold {
+        /// The extent.
+        extent: ExtentIndex,
+        /// Whom to ask.
+        sponsor: u8,
+    },
+    /// Tell a sponsor that it need not hold an extent any longer. Nobody waits for an answer.
+    Release {
+        /// The extent.
+        extent: ExtentIndex,
+        /// Whom to tell.
+        sponsor: u8,
+    },
+    /// Have one sponsor get a page from another.
+    Pull {
+        /// The page.
+        page: PageIndex,
+        /// The version wanted.
+        version: PageVersion,
+        /// Who has it.
+        from: u8,
+        /// Who gets it.
+        to: u8,
+        /// Tells answers to copies that were given up from current ones.
+        attempt: u32,
     },
 }
 
@@ -387,6 +495,12 @@ pub struct Counters {
     pub faults_while_punching: u64,
     pub punch_failures: u64,
     pub poisoned_pages: u64,
+    pub hedged_fetches: u64,
+    pub hedges_won: u64,
+    pub rebuilt_pages: u64,
+    pub rebuilt_extents: u64,
+    pub moved_extents: u64,
+    pub rebuild_failures: u64,
 }
 
 /// Where the region's pages are now, in pages.
@@ -412,4 +526,10 @@ pub struct Gauges {
     pub blocked_faults: u64,
     /// Pages whose content is lost.
     pub poisoned_pages: u64,
+    /// Extents of the region.
+    pub extents: u64,
+    /// Extents with a replica that is away or incomplete.
+    pub degraded_extents: u64,
+    /// Extents with a replica on a sponsor that wants to be rid of it.
+    pub leaving_extents: u64,
 }

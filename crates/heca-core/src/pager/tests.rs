@@ -31,6 +31,9 @@ struct World {
     stores: Vec<BTreeMap<u64, (u32, u64)>>,
     up: Vec<bool>,
     corrupt: Option<u8>,
+    /// Takes no extents.
+    full: Option<u8>,
+    copied: u64,
     poisoned: Vec<u64>,
     queue: VecDeque<Event>,
 }
@@ -43,7 +46,8 @@ impl World {
             budget_pages: budget,
             protection,
             layout,
-            sponsors: sponsors as u8,
+            replicas: replicas as u8,
+            weights: vec![1; sponsors],
             prefetch: true,
             mutation: None,
         };
@@ -54,6 +58,8 @@ impl World {
             stores: vec![BTreeMap::new(); sponsors],
             up: vec![true; sponsors],
             corrupt: None,
+            full: None,
+            copied: 0,
             poisoned: Vec::new(),
             queue: VecDeque::new(),
         }
@@ -92,7 +98,7 @@ impl World {
         cause: Event,
     ) -> Option<(PageIndex, Install, InstallResult)> {
         let reply = |world: &Self, page: PageIndex| match cause {
-            Event::Fetched { page: fetched } => {
+            Event::Fetched { page: fetched, .. } => {
                 assert_eq!(fetched, page);
                 let newest = world.stores.iter().filter_map(|s| s.get(&page.0)).max();
                 newest.map_or(0, |&(_, content)| content)
@@ -144,22 +150,38 @@ impl World {
                 };
                 self.queue.push_back(match error {
                     Some(error) => Event::FetchFailed { page, sponsor, error },
-                    None => Event::Fetched { page },
+                    None => Event::Fetched { page, version, sponsor },
                 });
             }
-            Action::Unmap { page, version, dirty, replicas } => {
-                self.unmap(page, version, dirty, replicas);
+            Action::Unmap { page, version, dirty, sponsors } => {
+                self.unmap(page, version, dirty, sponsors);
             }
-            Action::Punch { page } => {
+            Action::Punch { page, .. } => {
                 self.local[page.0 as usize] = Local::default();
                 self.queue.push_back(Event::Punched { page, ok: true });
             }
             Action::Poison { page } => self.poisoned.push(page.0),
+            Action::Hold { extent, sponsor } => {
+                let ok = self.up[usize::from(sponsor)] && self.full != Some(sponsor);
+                self.queue.push_back(Event::Held { extent, sponsor, ok });
+            }
+            Action::Release { sponsor, .. } => self.stores[usize::from(sponsor)].clear(),
+            Action::Pull { page, version, from, to, attempt } => {
+                let held = self.stores[usize::from(from)].get(&page.0).copied();
+                let target = &mut self.stores[usize::from(to)];
+                let newest = target.get(&page.0).map_or(0, |&(stored, _)| stored);
+                let ok = newest >= version.0 || held.is_some_and(|(v, _)| v == version.0);
+                if let (true, Some(held)) = (ok && newest < version.0, held) {
+                    target.insert(page.0, held);
+                    self.copied += 1;
+                }
+                self.queue.push_back(Event::Pulled { page, attempt, ok });
+            }
             _ => {}
         }
     }
 
-    fn unmap(&mut self, page: PageIndex, version: PageVersion, dirty: bool, replicas: u8) {
+    fn unmap(&mut self, page: PageIndex, version: PageVersion, dirty: bool, sponsors: u16) {
         let local = &mut self.local[page.0 as usize];
         let clean = match self.protection {
             Protection::Zap => {
@@ -175,18 +197,14 @@ impl World {
         let outcome = match content {
             _ if clean => Unmapped::Clean,
             0 if version == PageVersion(1) => Unmapped::Zero(0),
-            0 => Unmapped::Zero(replicas),
-            _ => Unmapped::Sent(replicas),
+            0 => Unmapped::Zero(sponsors),
+            _ => Unmapped::Sent(sponsors),
         };
         self.queue.push_back(Event::Unmapped { page, version, outcome });
-        if !matches!(outcome, Unmapped::Sent(_)) && outcome != Unmapped::Zero(replicas) {
+        if !matches!(outcome, Unmapped::Sent(_)) && outcome != Unmapped::Zero(sponsors) {
             return;
         }
-        let set = self.pager.config.layout.replicas(page.extent());
-        for (replica, &sponsor) in set.sponsors().iter().enumerate() {
-            if replicas >> replica & 1 == 0 {
-                continue;
-            }
+        for sponsor in (0..self.up.len() as u8).filter(|s| sponsors >> s & 1 == 1) {
             let stored = self.up[usize::from(sponsor)];
             if stored {
                 self.stores[usize::from(sponsor)].insert(page.0, (version.0, content));
@@ -351,6 +369,183 @@ fn a_page_that_the_owner_discarded_is_zeros() {
     assert_eq!(world.access(3, None), Some(0));
     // The event says missing, the machine says resident: it maps, finds a hole, and fills it.
     assert_eq!(world.pager.counters().owner_discards, 1);
+}
+
+/// 2000 written pages, most of them on sponsors.
+fn filled(sponsors: usize, replicas: usize) -> World {
+    let mut world = World::new(Protection::Zap, 600, sponsors, replicas);
+    for page in 0..2000 {
+        world.access(page, Some(page + 1));
+    }
+    world
+}
+
+fn wait_for_rebuild(world: &mut World) {
+    for _ in 0..200 {
+        world.run(Event::Tick);
+    }
+    assert!(!world.pager.is_rebuilding());
+}
+
+fn take_down(world: &mut World, sponsor: u8) {
+    world.up[usize::from(sponsor)] = false;
+    world.run(Event::SponsorDown { sponsor });
+}
+
+/// Every page comes back although only this sponsor is left.
+fn alone(world: &mut World, sponsor: u8) {
+    for other in (0..world.up.len() as u8).filter(|&s| s != sponsor) {
+        take_down(world, other);
+    }
+    assert!((0..2000).all(|page| world.access(page, None) == Some(page + 1)));
+    assert!(world.poisoned.is_empty());
+}
+
+#[test]
+fn a_sponsor_that_stays_away_is_replaced_and_its_replacement_has_everything() {
+    let mut world = filled(3, 2);
+    take_down(&mut world, 0);
+    wait_for_rebuild(&mut world);
+    assert_eq!(world.pager.gauges().degraded_extents, 1);
+    world.run(Event::SponsorLost { sponsor: 0 });
+    wait_for_rebuild(&mut world);
+    assert_eq!(world.pager.gauges().degraded_extents, 0);
+    assert_eq!(world.pager.counters().moved_extents, 1);
+    alone(&mut world, 2);
+}
+
+#[test]
+fn a_sponsor_that_comes_back_gets_only_what_it_missed() {
+    let mut world = filled(2, 2);
+    take_down(&mut world, 1);
+    for page in 0..100 {
+        world.access(page, Some(page + 1));
+    }
+    for page in 100..1500 {
+        world.access(page, None);
+    }
+    assert!(world.pager.stale(heca_types::ExtentIndex(0)) != 0);
+    world.up[1] = true;
+    world.run(Event::SponsorUp { sponsor: 1 });
+    wait_for_rebuild(&mut world);
+    assert_eq!(world.pager.gauges().degraded_extents, 0);
+    assert!(world.copied <= 1000, "{} pages copied", world.copied);
+    alone(&mut world, 1);
+}
+
+#[test]
+fn a_sponsor_that_wants_out_keeps_its_role_until_another_has_everything() {
+    let mut world = filled(3, 2);
+    world.run(Event::SponsorLeaving { sponsor: 1, leaving: true });
+    wait_for_rebuild(&mut world);
+    assert_eq!(world.pager.gauges().leaving_extents, 0);
+    assert!(world.stores[1].is_empty(), "what it held was released");
+    alone(&mut world, 2);
+}
+
+#[test]
+fn an_extent_goes_to_a_sponsor_that_has_room() {
+    let mut world = filled(4, 2);
+    world.full = Some(2);
+    take_down(&mut world, 0);
+    world.run(Event::SponsorLost { sponsor: 0 });
+    wait_for_rebuild(&mut world);
+    assert_eq!(world.pager.gauges().degraded_extents, 0);
+    alone(&mut world, 3);
+}
+
+#[test]
+fn a_page_without_a_source_keeps_the_extent_degraded() {
+    let mut world = filled(3, 2);
+    world.stores[1].remove(&7);
+    take_down(&mut world, 0);
+    world.run(Event::SponsorLost { sponsor: 0 });
+    for _ in 0..50 {
+        world.run(Event::Tick);
+    }
+    assert_eq!(world.pager.gauges().degraded_extents, 1);
+    assert!(world.pager.counters().rebuild_failures > 0);
+    assert_eq!(world.access(8, None), Some(9));
+}
+
+fn fetches(actions: &[Action]) -> Vec<u8> {
+    let sponsor = |action: &Action| match action {
+        Action::Fetch { sponsor, .. } => Some(*sponsor),
+        _ => None,
+    };
+    actions.iter().filter_map(sponsor).collect()
+}
+
+#[test]
+fn an_overdue_answer_is_hedged_once_and_the_first_answer_counts() {
+    let mut world = filled(3, 3);
+    let page = PageIndex(3);
+    let mut actions = Vec::new();
+    world.pager.step(Event::Fault { page, kind: FaultKind::Missing }, &mut actions);
+    let first = fetches(&actions)[0];
+    let version = PageVersion(world.stores[0][&3].0);
+    actions.clear();
+    world.pager.step(Event::Late { page, sponsor: first }, &mut actions);
+    let second = fetches(&actions)[0];
+    assert_ne!(first, second);
+    actions.clear();
+    world.pager.step(Event::Late { page, sponsor: first }, &mut actions);
+    assert!(fetches(&actions).is_empty(), "two are enough");
+    // An old version does not count, the failure of one leaves the other.
+    world.pager.step(
+        Event::Fetched { page, version: PageVersion(version.0 + 7), sponsor: first },
+        &mut actions,
+    );
+    let error = FetchError::Lost;
+    world.pager.step(Event::FetchFailed { page, sponsor: second, error }, &mut actions);
+    actions.retain(|a| matches!(a, Action::Copy { .. }));
+    assert!(actions.is_empty(), "{actions:?}");
+    world.pager.step(Event::Fetched { page, version, sponsor: first }, &mut actions);
+    assert!(actions.contains(&Action::Copy { page }), "{actions:?}");
+}
+
+#[test]
+fn reads_avoid_suspects_and_prefer_the_clearly_faster() {
+    let ask = |events: &[Event]| {
+        let mut world = filled(2, 2);
+        let mut actions = Vec::new();
+        for event in events {
+            world.pager.step(*event, &mut actions);
+        }
+        actions.clear();
+        let fault = Event::Fault { page: PageIndex(3), kind: FaultKind::Missing };
+        world.pager.step(fault, &mut actions);
+        fetches(&actions)[0]
+    };
+    let slow = |sponsor, us| Event::Latency { sponsor, us };
+    assert_eq!(ask(&[]), 0);
+    assert_eq!(ask(&[slow(0, 120), slow(1, 90)]), 0, "the load is shared between equals");
+    assert_eq!(ask(&[slow(0, 400), slow(1, 90)]), 1);
+    assert_eq!(ask(&[Event::SponsorSuspect { sponsor: 0, suspect: true }]), 1);
+}
+
+#[test]
+fn a_new_pager_goes_on_where_the_old_one_ended() {
+    let mut world = filled(3, 2);
+    world.run(Event::SponsorLeaving { sponsor: 0, leaving: true });
+    wait_for_rebuild(&mut world);
+    let old = world.pager;
+    // The layout of the beginning: the move is in the record.
+    let layout = Layout::spread(1, &[1, 1, 1], 2).expect("possible");
+    world.pager = Pager::new(Config { layout, ..old.config.clone() });
+    let extent = heca_types::ExtentIndex(0);
+    assert!(world.pager.adopt_extent(extent, 0x1234).is_err());
+    world.pager.adopt_extent(extent, old.extent_record(extent)).expect("a record");
+    assert_eq!(world.pager.layout(), old.layout());
+    for page in 0..PAGES {
+        let version = PageVersion(old.pages[page as usize].version);
+        match world.local[page as usize].content {
+            Some(_) => world.pager.adopt_resident(PageIndex(page), version),
+            None => world.pager.adopt_remote(PageIndex(page), version),
+        }
+    }
+    assert_eq!(world.pager.gauges().local_pages, old.gauges().local_pages);
+    assert!((0..2000).all(|page| world.access(page, None) == Some(page + 1)));
 }
 
 proptest! {
