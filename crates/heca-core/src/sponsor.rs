@@ -58,12 +58,42 @@ pub struct OpenRequest {
     pub extents: Vec<ExtentIndex>,
 }
 
+/// What an owner asks for when it gives back extents of a region.
+#[derive(Debug, Clone)]
+pub struct ReleaseRequest {
+    /// The region.
+    pub region: RegionId,
+    /// Fencing token.
+    pub epoch: Epoch,
+    /// Who asks.
+    pub owner: OwnerId,
+    /// Bytes to keep reserved. More than there are reserved now changes nothing.
+    pub quota_bytes: u64,
+    /// Life without renewal, in milliseconds; cut to what the sponsor grants.
+    pub lease_ms: u64,
+    /// Extents to hold no longer. Those that are not held are ignored.
+    pub extents: Vec<ExtentIndex>,
+}
+
+/// What is left of a region after a release.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Released<'a> {
+    /// It holds fewer extents, or as many as before if none of those named was held. The caller
+    /// counts the pages that went with them by [`Sponsor::release_pages`].
+    Kept(&'a Region),
+    /// No extent was left, so that the region was closed.
+    Closed,
+}
+
 /// The regions of one sponsor.
 #[derive(Debug, Clone)]
 pub struct Sponsor {
     offer_bytes: u64,
     reserved_bytes: u64,
     regions: BTreeMap<RegionId, Region>,
+    /// Take new regions and new extents. False while the sponsor is being emptied or is short of
+    /// memory; what is held can be opened again all the same, or the guest would lose it.
+    pub accepting: bool,
     /// Accept stale epochs. Only the simulation sets this, to show that it would notice.
     pub broken_fencing: bool,
 }
@@ -72,7 +102,13 @@ impl Sponsor {
     /// A sponsor that offers this many bytes.
     #[must_use]
     pub fn new(offer_bytes: u64) -> Self {
-        Self { offer_bytes, reserved_bytes: 0, regions: BTreeMap::new(), broken_fencing: false }
+        Self {
+            offer_bytes,
+            reserved_bytes: 0,
+            regions: BTreeMap::new(),
+            accepting: true,
+            broken_fencing: false,
+        }
     }
 
     /// Bytes offered, in total.
@@ -92,6 +128,12 @@ impl Sponsor {
         self.regions.iter()
     }
 
+    /// A region, if it is held.
+    #[must_use]
+    pub fn region(&self, id: RegionId) -> Option<&Region> {
+        self.regions.get(&id)
+    }
+
     /// Takes back a region that the store kept over a restart. Its lease starts anew.
     pub fn restore(&mut self, now_ms: u64, id: RegionId, mut region: Region) {
         region.expires_ms = now_ms + region.lease_ms;
@@ -103,7 +145,8 @@ impl Sponsor {
     /// Opening again with the same values changes nothing, so a lost answer can be asked for again.
     ///
     /// # Errors
-    /// A stale epoch, another owner under the same epoch, or no room on offer.
+    /// A stale epoch, another owner under the same epoch, new extents while the sponsor does not
+    /// accept any, or no room on offer.
     pub fn open(&mut self, now_ms: u64, request: &OpenRequest) -> Result<&Region, Refusal> {
         let lease_ms = request.lease_ms.clamp(LEASE_MS_MIN, LEASE_MS_MAX);
         let known = self.regions.get(&request.region);
@@ -125,6 +168,16 @@ impl Sponsor {
             return refuse(
                 Status::TooLarge,
                 format!("this sponsor holds {REGIONS_MAX} regions, which is the limit"),
+            );
+        }
+        let adds_extents = known
+            .is_none_or(|r| request.extents.iter().any(|e| r.extents.binary_search(e).is_err()));
+        if adds_extents && !self.accepting {
+            return refuse(
+                Status::Draining,
+                "this sponsor is being emptied or short of memory and takes no new extents; \
+                 use another sponsor"
+                    .to_owned(),
             );
         }
         let held_bytes = known.map_or(0, |region| region.quota_bytes);
@@ -218,6 +271,44 @@ impl Sponsor {
         Ok(region.lease_ms)
     }
 
+    /// Gives back extents of a region and lowers its quota; the lease starts anew. Doing so again
+    /// changes nothing, so a lost answer can be asked for again; it is refused as unknown if the
+    /// first time closed the region.
+    ///
+    /// # Errors
+    /// As [`Self::check`]; another owner.
+    pub fn release(
+        &mut self,
+        now_ms: u64,
+        request: &ReleaseRequest,
+    ) -> Result<Released<'_>, Refusal> {
+        let id = request.region;
+        let held = self.check(id, request.epoch)?;
+        if request.owner != held.owner {
+            return refuse(
+                Status::OwnerMismatch,
+                format!("region {id} belongs to another owner; only that one can release extents"),
+            );
+        }
+        // Sorted for the search: a region has up to 262 144 extents, and so may the request.
+        let mut gone = request.extents.clone();
+        gone.sort_unstable();
+        let is_left = |extent: &&ExtentIndex| gone.binary_search(extent).is_err();
+        let left: Vec<_> = held.extents.iter().filter(is_left).copied().collect();
+        if left.is_empty() {
+            self.remove(id);
+            return Ok(Released::Closed);
+        }
+        let region = self.regions.get_mut(&id).expect("checked above");
+        region.extents = left;
+        let quota_bytes = request.quota_bytes.min(region.quota_bytes);
+        self.reserved_bytes -= region.quota_bytes - quota_bytes;
+        region.quota_bytes = quota_bytes;
+        region.lease_ms = request.lease_ms.clamp(LEASE_MS_MIN, LEASE_MS_MAX);
+        region.expires_ms = now_ms + region.lease_ms;
+        Ok(Released::Kept(region))
+    }
+
     /// Gives up a region.
     ///
     /// # Errors
@@ -281,3 +372,6 @@ pub fn check_version(stored: Option<PageVersion>, new: PageVersion) -> Result<()
 fn stale(id: RegionId, epoch: Epoch, region: &Region) -> String {
     format!("region {id} is at epoch {}, the request is of epoch {}", region.epoch.0, epoch.0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,6 +27,8 @@ pub const FRAME_PAGES_MAX: usize = 64;
 pub const FRAME_PAYLOAD_MAX: usize = 320 << 10;
 /// Text of an error frame, in bytes.
 pub const ERROR_TEXT_MAX: usize = 1024;
+/// Address of a source sponsor in a pull, in bytes.
+pub const ADDRESS_BYTES_MAX: usize = 256;
 
 /// Pages of demand reads in flight to one sponsor.
 pub const DEMAND_PAGES_IN_FLIGHT_MAX: usize = 256;
@@ -52,9 +54,14 @@ pub const SILENCE_TIMEOUT_MS: u64 = 5_000;
 /// Pause between two attempts to reach a sponsor that is down, in milliseconds.
 pub const RECONNECT_PAUSE_MS: u64 = 500;
 
-/// Default lease of a region, in milliseconds: what a sponsor holds for a demander that vanished
-/// is freed after this time.
-pub const LEASE_MS_DEFAULT: u64 = 300_000;
+/// Time for a source sponsor to answer one request of a sponsor that pulls pages from it, in
+/// milliseconds.
+pub const PULL_TIMEOUT_MS: u64 = 2_000;
+
+/// Default lease of a region, in milliseconds (30 min): what a sponsor holds for a demander that
+/// vanished is freed after this time. The lease is only garbage collection, epochs do the fencing;
+/// so it must outlive any restart of a demander's agent and pager.
+pub const LEASE_MS_DEFAULT: u64 = 1_800_000;
 /// Shortest lease that a sponsor grants, in milliseconds.
 pub const LEASE_MS_MIN: u64 = 1_000;
 /// Longest lease that a sponsor grants, in milliseconds.
@@ -67,6 +74,12 @@ pub const BUDGET_PAGES_MIN: u64 = 4096;
 const _: () = {
     assert!(EXTENT_BYTES.is_multiple_of(PAGE_BYTES as u64));
     assert!(FRAME_PAYLOAD_MAX >= FRAME_PAGES_MAX * (PAGE_BYTES + 64));
+    assert!(FRAME_PAYLOAD_MAX >= FRAME_PAGES_MAX * 64 + ADDRESS_BYTES_MAX);
+    assert!(
+        PULL_TIMEOUT_MS < SILENCE_TIMEOUT_MS,
+        "a slow source must not cost the puller its peer"
+    );
+    assert!(LEASE_MS_MIN <= LEASE_MS_DEFAULT && LEASE_MS_DEFAULT <= LEASE_MS_MAX);
     assert!(EVICT_BATCH_PAGES <= FRAME_PAGES_MAX, "a batch goes to a sponsor as one frame");
     assert!(EVICT_PAGES_IN_FLIGHT_MAX as u64 * 4 <= BUDGET_PAGES_MIN);
     assert!(PREFETCH_PAGES_IN_FLIGHT_MAX as u64 * 4 <= BUDGET_PAGES_MIN);

@@ -37,11 +37,15 @@ pub enum Status {
     ShuttingDown = 12,
     /// The sponsor holds a newer version of the page.
     Superseded = 13,
+    /// The source sponsor cannot be reached or does not have the page in this version.
+    Unavailable = 14,
+    /// The sponsor is being emptied or short of memory and takes no new extents.
+    Draining = 15,
 }
 
 impl Status {
     /// Every code, in order of its number.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Ok,
         Self::VersionUnsupported,
         Self::Malformed,
@@ -56,6 +60,8 @@ impl Status {
         Self::StoreFailed,
         Self::ShuttingDown,
         Self::Superseded,
+        Self::Unavailable,
+        Self::Draining,
     ];
 
     /// The code with this number, if there is one.
@@ -88,6 +94,8 @@ impl fmt::Display for Status {
             Self::StoreFailed => "the sponsor's store failed",
             Self::ShuttingDown => "the sponsor is shutting down",
             Self::Superseded => "the sponsor holds a newer version of the page",
+            Self::Unavailable => "the source sponsor does not have the page in this version",
+            Self::Draining => "the sponsor takes no new extents",
         })
     }
 }
@@ -102,6 +110,6 @@ mod tests {
             assert_eq!(usize::from(status.code()), position);
             assert_eq!(Status::from_code(status.code()), Some(status));
         }
-        assert_eq!(Status::from_code(14), None);
+        assert_eq!(Status::from_code(16), None);
     }
 }

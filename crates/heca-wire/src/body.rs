@@ -1,13 +1,14 @@
-//! Payloads.
+//! Payloads and how they are decoded.
 
 use heca_types::limits::{
-    ERROR_TEXT_MAX, FRAME_PAGES_MAX, LEASE_MS_MAX, PAGE_BYTES, REGION_BYTES_MAX,
+    ADDRESS_BYTES_MAX, ERROR_TEXT_MAX, LEASE_MS_MAX, PAGE_BYTES, REGION_BYTES_MAX,
 };
-use heca_types::{Epoch, ExtentIndex, OwnerId, PageIndex, PageVersion, RegionId, Status, StoreId};
+use heca_types::{ExtentIndex, OwnerId, StoreId};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::header::{DecodeError, HEADER_BYTES, Header, Kind};
+use crate::entry::PageEntry;
+use crate::header::{DecodeError, Header, Kind};
 
 /// What a connection is for. One pager opens one of each to a sponsor, so that a page fault never
 /// waits behind bulk traffic.
@@ -22,118 +23,15 @@ pub enum Role {
     Prefetch = 2,
     /// Writes of evicted pages.
     WriteBack = 3,
+    /// Copies of pages from sponsor to sponsor, and the orders to make them.
+    Rebuild = 4,
 }
 
 impl Role {
     fn from_code(code: u16) -> Option<Self> {
-        [Self::Control, Self::Demand, Self::Prefetch, Self::WriteBack]
+        [Self::Control, Self::Demand, Self::Prefetch, Self::WriteBack, Self::Rebuild]
             .get(usize::from(code))
             .copied()
-    }
-}
-
-/// Flags of a page entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct EntryFlags(pub u32);
-
-impl EntryFlags {
-    /// The page's content is all zeros; no data follows for it.
-    pub const ZERO: Self = Self(1);
-    /// The sponsor holds no content for the page; no data follows for it.
-    pub const ABSENT: Self = Self(2);
-
-    /// Whether all bits of `other` are set.
-    #[must_use]
-    pub const fn contains(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
-    }
-
-    /// Whether 4096 bytes of data belong to the entry in a frame that carries data.
-    #[must_use]
-    pub const fn has_data(self) -> bool {
-        self.0 == 0
-    }
-}
-
-/// One page in a frame: 24 bytes.
-#[derive(
-    FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Debug, Clone, Copy, PartialEq, Eq,
-)]
-#[repr(C)]
-pub struct PageEntry {
-    page: U64,
-    version: U32,
-    checksum: U32,
-    flags: U32,
-    status: U16,
-    reserved: U16,
-}
-
-const _: () = assert!(size_of::<PageEntry>() == 24);
-
-impl PageEntry {
-    /// An entry with flags and checksum zero and status `Ok`.
-    #[must_use]
-    pub fn new(page: PageIndex, version: PageVersion) -> Self {
-        Self {
-            page: U64::new(page.0),
-            version: U32::new(version.0),
-            checksum: U32::ZERO,
-            flags: U32::ZERO,
-            status: U16::ZERO,
-            reserved: U16::ZERO,
-        }
-    }
-
-    /// The same with a checksum.
-    #[must_use]
-    pub fn with_checksum(mut self, checksum: u32) -> Self {
-        self.checksum = U32::new(checksum);
-        self
-    }
-
-    /// The same with flags.
-    #[must_use]
-    pub fn with_flags(mut self, flags: EntryFlags) -> Self {
-        self.flags = U32::new(flags.0);
-        self
-    }
-
-    /// The same with an outcome.
-    #[must_use]
-    pub fn with_status(mut self, status: Status) -> Self {
-        self.status = U16::new(status.code());
-        self
-    }
-
-    /// The page.
-    #[must_use]
-    pub fn page(&self) -> PageIndex {
-        PageIndex(self.page.get())
-    }
-
-    /// Version of the content.
-    #[must_use]
-    pub fn version(&self) -> PageVersion {
-        PageVersion(self.version.get())
-    }
-
-    /// Checksum of the content; see [`crate::page_checksum`].
-    #[must_use]
-    pub fn checksum(&self) -> u32 {
-        self.checksum.get()
-    }
-
-    /// Flags.
-    #[must_use]
-    pub fn flags(&self) -> EntryFlags {
-        EntryFlags(self.flags.get())
-    }
-
-    /// Outcome for this page.
-    #[must_use]
-    pub fn status(&self) -> Status {
-        Status::from_code(self.status.get()).unwrap_or(Status::Malformed)
     }
 }
 
@@ -162,11 +60,12 @@ pub struct HelloAck {
 }
 
 /// Fixed part of an `Open`: create a region on this sponsor, or take it over under a higher epoch.
+/// Also that of a `Release`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Open {
     /// Who will own it.
     pub owner: OwnerId,
-    /// Bytes to reserve.
+    /// Bytes to reserve; in a `Release`, after it.
     pub quota_bytes: u64,
     /// Life without renewal, in milliseconds.
     pub lease_ms: u64,
@@ -181,40 +80,79 @@ pub struct OpenAck {
     pub stored_pages: u64,
 }
 
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
-#[repr(C)]
-struct RawHello {
-    version_min: U16,
-    version_max: U16,
-    role: U16,
-    reserved: U16,
-    owner: [u8; 16],
-    features: U64,
+/// Flags of a [`Pong`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PongFlags(pub u32);
+
+impl PongFlags {
+    /// The sponsor is being emptied: move away what it holds.
+    pub const DRAINING: Self = Self(1);
+    /// The sponsor's host is short of memory.
+    pub const PRESSED: Self = Self(2);
+
+    const ALL: Self = Self(Self::DRAINING.0 | Self::PRESSED.0);
+
+    /// Whether all bits of `other` are set.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// The sponsor's answer to `Ping`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pong {
+    /// State of the sponsor.
+    pub flags: PongFlags,
+    /// Bytes on offer that no region has reserved.
+    pub free_bytes: u64,
+    /// Identity of the sponsor's store.
+    pub store: StoreId,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
 #[repr(C)]
-struct RawHelloAck {
-    version: U16,
-    reserved: [U16; 3],
-    store: [u8; 16],
-    free_bytes: U64,
-    features: U64,
+pub(crate) struct RawHello {
+    pub(crate) version_min: U16,
+    pub(crate) version_max: U16,
+    pub(crate) role: U16,
+    pub(crate) reserved: U16,
+    pub(crate) owner: [u8; 16],
+    pub(crate) features: U64,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
 #[repr(C)]
-struct RawOpen {
-    owner: [u8; 16],
-    quota_bytes: U64,
-    lease_ms: U64,
+pub(crate) struct RawHelloAck {
+    pub(crate) version: U16,
+    pub(crate) reserved: [U16; 3],
+    pub(crate) store: [u8; 16],
+    pub(crate) free_bytes: U64,
+    pub(crate) features: U64,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
 #[repr(C)]
-struct RawOpenAck {
-    lease_ms: U64,
-    stored_pages: U64,
+pub(crate) struct RawOpen {
+    pub(crate) owner: [u8; 16],
+    pub(crate) quota_bytes: U64,
+    pub(crate) lease_ms: U64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RawOpenAck {
+    pub(crate) lease_ms: U64,
+    pub(crate) stored_pages: U64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RawPong {
+    pub(crate) flags: U32,
+    pub(crate) reserved: U32,
+    pub(crate) free_bytes: U64,
+    pub(crate) store: [u8; 16],
 }
 
 /// Page entries and the data that belongs to them, borrowed from a payload.
@@ -241,7 +179,8 @@ impl<'a> PageList<'a> {
     }
 }
 
-/// A decoded `Open`: its fixed part and which extents the sponsor is to hold.
+/// A decoded `Open` or `Release`: its fixed part and which extents the sponsor is to hold from now
+/// on, or no longer.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenRequest<'a> {
     /// Fixed part.
@@ -260,6 +199,15 @@ impl<'a> OpenRequest<'a> {
     }
 }
 
+/// A decoded `Pull`: which pages the sponsor is to get from which other sponsor.
+#[derive(Debug, Clone, Copy)]
+pub struct PullRequest<'a> {
+    /// The pages, each with the version that is wanted.
+    pub entries: &'a [PageEntry],
+    /// Address of the sponsor that has them, `HOST:PORT`.
+    pub source: &'a str,
+}
+
 /// A decoded payload.
 #[derive(Debug, Clone, Copy)]
 pub enum Body<'a> {
@@ -271,7 +219,13 @@ pub enum Body<'a> {
     Open(OpenRequest<'a>),
     /// `OpenAck`
     OpenAck(OpenAck),
-    /// Every kind that carries page entries.
+    /// `Release`
+    Release(OpenRequest<'a>),
+    /// `Pong`
+    Pong(Pong),
+    /// `Pull`
+    Pull(PullRequest<'a>),
+    /// Every other kind that carries page entries.
     Pages(PageList<'a>),
     /// `Error`
     Error(&'a str),
@@ -311,7 +265,15 @@ pub fn decode_body<'a>(header: &Header, payload: &'a [u8]) -> Result<Body<'a>, D
             let (lease_ms, stored_pages) = (raw.lease_ms.get(), raw.stored_pages.get());
             Ok(Body::OpenAck(OpenAck { lease_ms, stored_pages }))
         }
-        Kind::Renew | Kind::RenewAck | Kind::Close | Kind::CloseAck => {
+        Kind::Release => decode_open(header, payload).map(Body::Release),
+        Kind::Pong => decode_pong(header, payload).map(Body::Pong),
+        Kind::Pull => decode_pull(header, payload).map(Body::Pull),
+        Kind::Renew
+        | Kind::RenewAck
+        | Kind::Close
+        | Kind::CloseAck
+        | Kind::Ping
+        | Kind::ReleaseAck => {
             size_is(header, payload, 0)?;
             Ok(Body::Empty)
         }
@@ -351,30 +313,49 @@ fn decode_open<'a>(header: &Header, payload: &'a [u8]) -> Result<OpenRequest<'a>
     Ok(OpenRequest { open, bitmap, count: header.count })
 }
 
-fn decode_pages<'a>(header: &Header, payload: &'a [u8]) -> Result<PageList<'a>, DecodeError> {
-    let kind = header.kind;
-    let count = header.count as usize;
-    let entries_bytes = count * size_of::<PageEntry>();
-    let Ok((entries, data)) = <[PageEntry]>::ref_from_prefix_with_elems(payload, count) else {
-        let (found, expected) = (payload.len(), entries_bytes);
+fn decode_pong(header: &Header, payload: &[u8]) -> Result<Pong, DecodeError> {
+    let raw: RawPong = fixed(header, payload)?;
+    let flags = PongFlags(raw.flags.get());
+    if !PongFlags::ALL.contains(flags) || raw.reserved.get() != 0 {
+        return Err(DecodeError::Reserved { kind: header.kind });
+    }
+    let store = StoreId::from_bytes(raw.store);
+    Ok(Pong { flags, free_bytes: raw.free_bytes.get(), store })
+}
+
+/// The entries at the beginning of a payload, checked, and what follows them.
+fn split_entries<'a>(
+    header: &Header,
+    payload: &'a [u8],
+) -> Result<(&'a [PageEntry], &'a [u8]), DecodeError> {
+    let (kind, count) = (header.kind, header.count as usize);
+    let Ok((entries, rest)) = <[PageEntry]>::ref_from_prefix_with_elems(payload, count) else {
+        let (found, expected) = (payload.len(), count * size_of::<PageEntry>());
         return Err(DecodeError::PayloadSize { kind, count: header.count, found, expected });
     };
-    let known = EntryFlags::ZERO.0 | EntryFlags::ABSENT.0;
     for entry in entries {
-        if entry.flags.get() & !known != 0 || entry.reserved.get() != 0 {
-            return Err(DecodeError::Reserved { kind });
-        }
-        if Status::from_code(entry.status.get()).is_none() {
-            return Err(DecodeError::Status { code: entry.status.get() });
-        }
-        if entry.page.get() >= REGION_BYTES_MAX / PAGE_BYTES as u64 {
-            return Err(DecodeError::Field { kind, what: "page beyond the largest region" });
-        }
+        entry.check(kind)?;
     }
-    let carries_data = matches!(kind, Kind::Write | Kind::ReadReply);
+    Ok((entries, rest))
+}
+
+fn decode_pull<'a>(header: &Header, payload: &'a [u8]) -> Result<PullRequest<'a>, DecodeError> {
+    let kind = header.kind;
+    let (entries, address) = split_entries(header, payload)?;
+    if address.is_empty() || address.len() > ADDRESS_BYTES_MAX {
+        return Err(DecodeError::Field { kind, what: "source address is empty or too long" });
+    }
+    let source = std::str::from_utf8(address)
+        .map_err(|_| DecodeError::Field { kind, what: "source address is not UTF-8" })?;
+    Ok(PullRequest { entries, source })
+}
+
+fn decode_pages<'a>(header: &Header, payload: &'a [u8]) -> Result<PageList<'a>, DecodeError> {
+    let (entries, data) = split_entries(header, payload)?;
+    let carries_data = matches!(header.kind, Kind::Write | Kind::ReadReply);
     let with_data = entries.iter().filter(|entry| entry.flags().has_data()).count();
     let data_bytes = if carries_data { with_data * PAGE_BYTES } else { 0 };
-    size_is(header, payload, entries_bytes + data_bytes)?;
+    size_is(header, payload, size_of_val(entries) + data_bytes)?;
     Ok(PageList { entries, data })
 }
 
@@ -397,128 +378,4 @@ fn fixed<T: FromBytes>(header: &Header, payload: &[u8]) -> Result<T, DecodeError
         found: payload.len(),
         expected: size_of::<T>(),
     })
-}
-
-fn append(out: &mut Vec<u8>, mut header: Header, parts: &[&[u8]]) {
-    let bytes: usize = parts.iter().map(|part| part.len()).sum();
-    header.payload_bytes = u32::try_from(bytes).expect("payloads are bounded by the callers");
-    out.reserve(HEADER_BYTES + bytes);
-    out.extend_from_slice(&header.encode());
-    for part in parts {
-        out.extend_from_slice(part);
-    }
-}
-
-impl Hello {
-    /// Appends the frame to `out`.
-    pub fn encode(&self, out: &mut Vec<u8>) {
-        let raw = RawHello {
-            version_min: U16::new(self.version_min),
-            version_max: U16::new(self.version_max),
-            role: U16::new(self.role as u16),
-            reserved: U16::ZERO,
-            owner: self.owner.to_bytes(),
-            features: U64::ZERO,
-        };
-        let nil = RegionId::from_bytes([0; 16]);
-        append(out, Header::new(Kind::Hello, nil, Epoch(0), 0), &[raw.as_bytes()]);
-    }
-}
-
-impl HelloAck {
-    /// Appends the frame to `out`.
-    pub fn encode(&self, request: &Header, out: &mut Vec<u8>) {
-        let raw = RawHelloAck {
-            version: U16::new(self.version),
-            reserved: [U16::ZERO; 3],
-            store: self.store.to_bytes(),
-            free_bytes: U64::new(self.free_bytes),
-            features: U64::ZERO,
-        };
-        append(out, request.reply(Kind::HelloAck, Status::Ok), &[raw.as_bytes()]);
-    }
-}
-
-impl OpenAck {
-    /// Appends the frame to `out`.
-    pub fn encode(&self, request: &Header, out: &mut Vec<u8>) {
-        let raw = RawOpenAck {
-            lease_ms: U64::new(self.lease_ms),
-            stored_pages: U64::new(self.stored_pages),
-        };
-        append(out, request.reply(Kind::OpenAck, Status::Ok), &[raw.as_bytes()]);
-    }
-}
-
-/// Appends an `Open` frame for a region of `extent_count` extents of which the sponsor is to hold
-/// `extents`.
-///
-/// # Panics
-/// If an extent is not below `extent_count`.
-pub fn encode_open(
-    mut header: Header,
-    open: &Open,
-    extent_count: u32,
-    extents: &[ExtentIndex],
-    out: &mut Vec<u8>,
-) {
-    let raw = RawOpen {
-        owner: open.owner.to_bytes(),
-        quota_bytes: U64::new(open.quota_bytes),
-        lease_ms: U64::new(open.lease_ms),
-    };
-    let mut bitmap = vec![0u8; extent_count.div_ceil(8) as usize];
-    for extent in extents {
-        assert!(extent.0 < extent_count, "extent beyond the end of the region");
-        bitmap[extent.0 as usize / 8] |= 1 << (extent.0 % 8);
-    }
-    header.kind = Kind::Open;
-    header.count = extent_count;
-    append(out, header, &[raw.as_bytes(), &bitmap]);
-}
-
-/// Appends a frame of page entries followed by `data`, which must be the concatenated pages of
-/// the entries that have data (and empty for kinds that carry none).
-///
-/// # Panics
-/// If there are more entries than a frame may hold.
-pub fn encode_pages(header: Header, entries: &[PageEntry], data: &[u8], out: &mut Vec<u8>) {
-    encode_pages_parts(header, entries, data.len(), out);
-    out.extend_from_slice(data);
-}
-
-/// Appends the header and the entries of a frame whose `data_bytes` bytes of page data the caller
-/// sends after them.
-///
-/// # Panics
-/// If there are more entries than a frame may hold.
-pub fn encode_pages_parts(
-    mut header: Header,
-    entries: &[PageEntry],
-    data_bytes: usize,
-    out: &mut Vec<u8>,
-) {
-    assert!(entries.len() <= FRAME_PAGES_MAX, "{} entries in one frame", entries.len());
-    header.count = entries.len() as u32;
-    header.payload_bytes = (size_of_val(entries) + data_bytes) as u32;
-    out.extend_from_slice(&header.encode());
-    out.extend_from_slice(entries.as_bytes());
-}
-
-fn encode_error_text(header: Header, text: &str, out: &mut Vec<u8>) {
-    let end = text.floor_char_boundary(ERROR_TEXT_MAX);
-    append(out, header, &[&text.as_bytes()[..end]]);
-}
-
-impl Header {
-    /// Appends the header as a frame without payload.
-    pub fn encode_empty(self, out: &mut Vec<u8>) {
-        append(out, Header { count: 0, ..self }, &[]);
-    }
-
-    /// Appends an `Error` frame in answer to this header: `status` says what went wrong to the
-    /// program, `text` to the person. The text is cut at the limit.
-    pub fn encode_error(&self, status: Status, text: &str, out: &mut Vec<u8>) {
-        encode_error_text(self.reply(Kind::Error, status), text, out);
-    }
 }

@@ -3,7 +3,7 @@
 use heca_types::limits::{FRAME_PAGES_MAX, PAGE_BYTES};
 
 use crate::header::repair;
-use crate::{Body, HEADER_BYTES, Header, decode_body, encode_pages};
+use crate::{Body, HEADER_BYTES, Header, decode_body, encode_pages, encode_pull};
 
 /// Decodes a stream of frames as a peer would, and checks what must hold for anything that is
 /// accepted: sizes within limits, and the same bytes when page frames are encoded again.
@@ -36,7 +36,20 @@ pub fn frames(mut stream: &[u8]) {
                 assert_eq!(again[..HEADER_BYTES], head[..]);
                 assert_eq!(again[HEADER_BYTES..], *payload);
             }
-            Body::Open(open) => assert!(open.extents().all(|e| e.0 < header.count)),
+            Body::Pull(pull) => {
+                let mut again = Vec::new();
+                encode_pull(header, pull.entries, pull.source, &mut again);
+                assert_eq!(again[..HEADER_BYTES], head[..]);
+                assert_eq!(again[HEADER_BYTES..], *payload);
+            }
+            Body::Pong(pong) => {
+                let mut again = Vec::new();
+                pong.encode(&header, &mut again);
+                assert_eq!(again[HEADER_BYTES..], *payload);
+            }
+            Body::Open(open) | Body::Release(open) => {
+                assert!(open.extents().all(|e| e.0 < header.count))
+            }
             Body::Hello(hello) => assert!(hello.version_min <= hello.version_max),
             Body::HelloAck(_) | Body::OpenAck(_) | Body::Error(_) | Body::Empty => {}
         }

@@ -11,9 +11,9 @@ pub const MAGIC: [u8; 4] = *b"HECA";
 /// Size of the header, in bytes.
 pub const HEADER_BYTES: usize = 64;
 /// Oldest protocol version that this build speaks.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 /// Newest protocol version that this build speaks.
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
 
 /// What a frame is. The numbers are part of the wire format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -28,6 +28,10 @@ pub enum Kind {
     RenewAck = 6,
     Close = 7,
     CloseAck = 8,
+    Ping = 9,
+    Pong = 10,
+    Release = 11,
+    ReleaseAck = 12,
     Read = 16,
     ReadReply = 17,
     Write = 18,
@@ -36,12 +40,14 @@ pub enum Kind {
     DiscardAck = 21,
     Stat = 22,
     StatReply = 23,
+    Pull = 24,
+    PullAck = 25,
     Error = 32,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 23] = [
         Self::Hello,
         Self::HelloAck,
         Self::Open,
@@ -50,6 +56,10 @@ impl Kind {
         Self::RenewAck,
         Self::Close,
         Self::CloseAck,
+        Self::Ping,
+        Self::Pong,
+        Self::Release,
+        Self::ReleaseAck,
         Self::Read,
         Self::ReadReply,
         Self::Write,
@@ -58,6 +68,8 @@ impl Kind {
         Self::DiscardAck,
         Self::Stat,
         Self::StatReply,
+        Self::Pull,
+        Self::PullAck,
         Self::Error,
     ];
 
@@ -68,7 +80,7 @@ impl Kind {
     /// Whether the header's count is a number of page entries.
     #[must_use]
     pub fn has_pages(self) -> bool {
-        (Self::Read as u16..=Self::StatReply as u16).contains(&(self as u16))
+        (Self::Read as u16..=Self::PullAck as u16).contains(&(self as u16))
     }
 }
 
@@ -160,7 +172,7 @@ pub struct Header {
     pub kind: Kind,
     /// Outcome; `Ok` in requests.
     pub status: Status,
-    /// Number of page entries, or of extents in an `Open`.
+    /// Number of page entries, or of extents in an `Open` or `Release`.
     pub count: u32,
     /// Bytes after the header.
     pub payload_bytes: u32,
@@ -168,7 +180,7 @@ pub struct Header {
     pub request: u64,
     /// Fencing token of the region.
     pub epoch: Epoch,
-    /// The region; nil in `Hello`.
+    /// The region; nil in `Hello`, and in a `Ping` that asks for no region.
     pub region: RegionId,
 }
 
@@ -268,7 +280,7 @@ impl Header {
             return Err(DecodeError::PayloadTooLarge { bytes: raw.payload_bytes.get() });
         }
         let max = match kind {
-            Kind::Open => REGION_EXTENTS_MAX,
+            Kind::Open | Kind::Release => REGION_EXTENTS_MAX,
             kind if kind.has_pages() => FRAME_PAGES_MAX as u32,
             _ => 0,
         };

@@ -9,19 +9,26 @@
 //! | `Hello`, `HelloAck` | both | [`Hello`], [`HelloAck`] |
 //! | `Open`, `OpenAck` | pager, sponsor | [`Open`] + extent bitmap, [`OpenAck`] |
 //! | `Renew`, `Close` and their acks | pager, sponsor | none |
-//! | `Read`, `Stat`, `Discard`, `WriteAck`, `StatReply`, `DiscardAck` | | page entries |
+//! | `Ping`, `Pong` | pager, sponsor | none, [`Pong`] |
+//! | `Release`, `ReleaseAck` | pager, sponsor | [`Open`] + extent bitmap, none |
+//! | `Read`, `Stat`, `Discard`, `WriteAck`, `StatReply`, `DiscardAck`, `PullAck` | | page entries |
+//! | `Pull` | pager | page entries + address |
 //! | `Write`, `ReadReply` | | page entries + page data |
 //! | `Error` | sponsor | text |
 #![forbid(unsafe_code)]
 
 mod body;
 mod checksum;
+mod encode;
+mod entry;
 pub mod fuzz;
 mod header;
 
 pub use body::{
-    Body, EntryFlags, Hello, HelloAck, Open, OpenAck, OpenRequest, PageEntry, PageList, Role,
-    decode_body, encode_open, encode_pages, encode_pages_parts,
+    Body, Hello, HelloAck, Open, OpenAck, OpenRequest, PageList, Pong, PongFlags, PullRequest,
+    Role, decode_body,
 };
 pub use checksum::{is_zero_page, page_checksum};
+pub use encode::{encode_open, encode_pages, encode_pages_parts, encode_pull, encode_release};
+pub use entry::{EntryFlags, PageEntry};
 pub use header::{DecodeError, HEADER_BYTES, Header, Kind, MAGIC, VERSION_MAX, VERSION_MIN};

@@ -1,11 +1,12 @@
 //! Round trips of every frame, and every way to break one.
 #![allow(clippy::unwrap_used)]
 
-use heca_types::limits::{FRAME_PAGES_MAX, FRAME_PAYLOAD_MAX, PAGE_BYTES};
+use heca_types::limits::{ADDRESS_BYTES_MAX, FRAME_PAGES_MAX, FRAME_PAYLOAD_MAX, PAGE_BYTES};
 use heca_types::{Epoch, ExtentIndex, OwnerId, PageIndex, PageVersion, RegionId, Status, StoreId};
 use heca_wire::{
     Body, DecodeError, EntryFlags, HEADER_BYTES, Header, Hello, HelloAck, Kind, Open, OpenAck,
-    PageEntry, Role, decode_body, encode_open, encode_pages,
+    PageEntry, Pong, PongFlags, Role, decode_body, encode_open, encode_pages, encode_pull,
+    encode_release,
 };
 use proptest::prelude::*;
 
@@ -23,13 +24,13 @@ fn split(frame: &[u8]) -> (Header, &[u8]) {
 #[test]
 fn hello_and_its_answer_round_trip() {
     let hello =
-        Hello { version_min: 1, version_max: 3, role: Role::WriteBack, owner: OwnerId::random() };
+        Hello { version_min: 2, version_max: 3, role: Role::Rebuild, owner: OwnerId::random() };
     let mut frame = Vec::new();
     hello.encode(&mut frame);
     let (head, payload) = split(&frame);
     assert!(matches!(decode_body(&head, payload), Ok(Body::Hello(got)) if got == hello));
 
-    let ack = HelloAck { version: 1, store: StoreId::random(), free_bytes: 1 << 40 };
+    let ack = HelloAck { version: 2, store: StoreId::random(), free_bytes: 1 << 40 };
     let mut frame = Vec::new();
     ack.encode(&head, &mut frame);
     let (head, payload) = split(&frame);
@@ -52,6 +53,108 @@ fn open_carries_its_extents() {
     ack.encode(&head, &mut frame);
     let (head, payload) = split(&frame);
     assert!(matches!(decode_body(&head, payload), Ok(Body::OpenAck(got)) if got == ack));
+}
+
+#[test]
+fn ping_and_its_answer_round_trip() {
+    let mut frame = Vec::new();
+    header(Kind::Ping).encode_empty(&mut frame);
+    let (head, payload) = split(&frame);
+    assert_eq!(head.kind, Kind::Ping);
+    assert!(matches!(decode_body(&head, payload), Ok(Body::Empty)));
+    assert!(matches!(decode_body(&head, &[0]), Err(DecodeError::PayloadSize { .. })));
+
+    for flags in [0, PongFlags::DRAINING.0, PongFlags::PRESSED.0, 3] {
+        let pong = Pong { flags: PongFlags(flags), free_bytes: 5 << 30, store: StoreId::random() };
+        let mut frame = Vec::new();
+        pong.encode(&head, &mut frame);
+        let (head, payload) = split(&frame);
+        assert_eq!((head.kind, head.request), (Kind::Pong, 42));
+        assert!(matches!(decode_body(&head, payload), Ok(Body::Pong(got)) if got == pong));
+        for (position, value) in [(0, 4), (7, 1)] {
+            let mut broken = payload.to_vec();
+            broken[position] = value;
+            let found = decode_body(&head, &broken).unwrap_err();
+            assert_eq!(found, DecodeError::Reserved { kind: Kind::Pong });
+        }
+        let cut = decode_body(&head, &payload[..31]);
+        assert!(matches!(cut, Err(DecodeError::PayloadSize { expected: 32, .. })));
+    }
+}
+
+#[test]
+fn release_names_extents_as_open_does() {
+    let release = Open { owner: OwnerId::random(), quota_bytes: 1 << 30, lease_ms: 60_000 };
+    let extents = [ExtentIndex(1), ExtentIndex(9)];
+    let mut frame = Vec::new();
+    encode_release(header(Kind::Open), &release, 10, &extents, &mut frame);
+    let (head, payload) = split(&frame);
+    let Ok(Body::Release(request)) = decode_body(&head, payload) else { panic!("not a release") };
+    assert_eq!(request.open, release);
+    assert_eq!(request.extents().collect::<Vec<_>>(), extents);
+    let mut broken = payload.to_vec();
+    *broken.last_mut().unwrap() |= 0b1000;
+    assert!(matches!(decode_body(&head, &broken), Err(DecodeError::Field { .. })));
+    let short = &payload[..payload.len() - 1];
+    assert!(matches!(decode_body(&head, short), Err(DecodeError::PayloadSize { .. })));
+    let mut frame = Vec::new();
+    head.reply(Kind::ReleaseAck, Status::Ok).encode_empty(&mut frame);
+    let (head, payload) = split(&frame);
+    assert!(matches!(decode_body(&head, payload), Ok(Body::Empty)));
+}
+
+#[test]
+fn a_pull_without_a_proper_address_is_refused() {
+    let entries = [PageEntry::new(PageIndex(1), PageVersion(1))];
+    let mut frame = Vec::new();
+    encode_pull(header(Kind::Pull), &entries, "a:1", &mut frame);
+    let (head, payload) = split(&frame);
+    let entry = &payload[..size_of::<PageEntry>()];
+    let with = |address: &[u8]| [entry, address].concat();
+    for (payload, word) in [
+        (with(b""), "empty or too long"),
+        (with(&[b'x'; ADDRESS_BYTES_MAX + 1]), "empty or too long"),
+        (with(b"host\xff:1"), "UTF-8"),
+    ] {
+        let error = decode_body(&head, &payload).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    }
+    assert!(decode_body(&head, &with(&[b'x'; ADDRESS_BYTES_MAX])).is_ok());
+    let cut = decode_body(&head, &entry[..39]);
+    assert!(matches!(cut, Err(DecodeError::PayloadSize { expected: 40, .. })));
+}
+
+#[test]
+fn each_field_of_an_entry_is_checked() {
+    let entries = [PageEntry::new(PageIndex(1), PageVersion(1))];
+    for kind in [Kind::Read, Kind::Pull] {
+        let mut frame = Vec::new();
+        if kind == Kind::Pull {
+            encode_pull(header(kind), &entries, "a:1", &mut frame);
+        } else {
+            encode_pages(header(kind), &entries, &[], &mut frame);
+        }
+        let (head, good) = split(&frame);
+        let refused = |position: usize, value: u8| {
+            let mut payload = good.to_vec();
+            payload[position] = value;
+            decode_body(&head, &payload).unwrap_err()
+        };
+        assert_eq!(refused(16, 8), DecodeError::Reserved { kind });
+        assert_eq!(refused(19, 1), DecodeError::Reserved { kind });
+        assert_eq!(refused(20, 99), DecodeError::Status { code: 99 });
+        assert_eq!(refused(22, 1), DecodeError::Reserved { kind });
+        assert!(matches!(refused(4, 1), DecodeError::Field { .. }));
+    }
+}
+
+#[test]
+fn only_zero_and_absent_pages_have_no_data() {
+    let (zero, absent, sealed) = (EntryFlags::ZERO, EntryFlags::ABSENT, EntryFlags::SEALED);
+    assert!(EntryFlags::default().has_data() && sealed.has_data());
+    for flags in [zero, absent, sealed.union(zero), sealed.union(absent)] {
+        assert!(!flags.has_data(), "{flags:?}");
+    }
 }
 
 #[test]
@@ -112,12 +215,13 @@ fn a_full_write_fits_a_frame() {
 
 proptest! {
     #[test]
-    fn pages_round_trip(pages in proptest::collection::vec((0u64..1 << 32, any::<u32>(), 0u32..3), 0..FRAME_PAGES_MAX)) {
-        let entries: Vec<_> = pages.iter().map(|&(page, version, flags)| {
+    fn pages_round_trip(pages in proptest::collection::vec((0u64..1 << 32, any::<u32>(), 0u32..8, any::<[u8; 16]>()), 0..FRAME_PAGES_MAX)) {
+        let entries: Vec<_> = pages.iter().map(|&(page, version, flags, tag)| {
             PageEntry::new(PageIndex(page), PageVersion(version))
                 .with_checksum(version ^ 5)
                 .with_flags(EntryFlags(flags))
                 .with_status(Status::OutOfRange)
+                .with_tag(tag)
         }).collect();
         let data: Vec<u8> = entries.iter().enumerate()
             .filter(|(_, e)| e.flags().has_data())
@@ -128,12 +232,25 @@ proptest! {
         let (head, payload) = split(&frame);
         let Ok(Body::Pages(list)) = decode_body(&head, payload) else { panic!("not pages") };
         prop_assert_eq!(list.entries(), &entries[..]);
+        prop_assert!(list.entries().iter().zip(&pages).all(|(e, p)| e.tag() == p.3));
         for (i, (entry, data)) in list.iter().enumerate() {
             prop_assert_eq!(data.is_some(), entry.flags().has_data());
             if let Some(data) = data {
                 prop_assert!(data.len() == PAGE_BYTES && data.iter().all(|&b| b == i as u8));
             }
         }
+    }
+
+    #[test]
+    fn pulls_round_trip(pages in proptest::collection::vec((0u64..1 << 32, any::<u32>()), 0..=FRAME_PAGES_MAX), source in "[a-z0-9.:\\[\\]]{1,256}") {
+        let entries: Vec<_> = pages.iter()
+            .map(|&(page, version)| PageEntry::new(PageIndex(page), PageVersion(version)))
+            .collect();
+        let mut frame = Vec::new();
+        encode_pull(header(Kind::Read), &entries, &source, &mut frame);
+        let (head, payload) = split(&frame);
+        let Ok(Body::Pull(pull)) = decode_body(&head, payload) else { panic!("not a pull") };
+        prop_assert_eq!((pull.entries, pull.source), (&entries[..], &source[..]));
     }
 
     #[test]
@@ -152,7 +269,7 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_bytes_never_panic(head in any::<[u8; HEADER_BYTES]>(), kind in 0usize..17, count in 0u32..80, payload in proptest::collection::vec(any::<u8>(), 0..4096)) {
+    fn arbitrary_bytes_never_panic(head in any::<[u8; HEADER_BYTES]>(), kind in 0..Kind::ALL.len(), count in 0u32..80, payload in proptest::collection::vec(any::<u8>(), 0..4096)) {
         let _ = Header::decode(&head);
         let mut valid = header(Kind::ALL[kind]);
         valid.count = count;
