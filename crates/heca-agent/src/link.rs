@@ -1,6 +1,6 @@
 //! A connection that carries frames of the page protocol, from the pager's side or the sponsor's.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -11,7 +11,9 @@ use heca_wire::{
     Body, DecodeError, HEADER_BYTES, Header, Hello, HelloAck, Kind, Role, VERSION_MAX, VERSION_MIN,
     decode_body,
 };
-use rustix::net::{RecvFlags, SendFlags, sockopt};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
+use rustix::time::Timespec;
 
 /// Room for a whole frame and the beginning of the next.
 const BUFFER_BYTES: usize = HEADER_BYTES + FRAME_PAYLOAD_MAX + 64 * 1024;
@@ -143,15 +145,14 @@ impl Link {
     /// See [`LinkError`].
     pub fn flush(&mut self) -> Result<bool, LinkError> {
         while self.sent < self.output.len() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match rustix::net::send(&self.stream, &self.output[self.sent..], flags) {
+            match self.send_now(self.sent) {
                 Ok(n) => {
                     self.sent += n;
                     self.bytes_sent += n as u64;
                 }
-                Err(rustix::io::Errno::AGAIN) => return Ok(false),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(io::Error::from(error).into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
             }
         }
         self.output.clear();
@@ -159,42 +160,59 @@ impl Link {
         Ok(true)
     }
 
-    /// Sends everything, waiting for the socket.
+    fn send_now(&mut self, from: usize) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(rustix::net::send(&self.stream, &self.output[from..], flags)?)
+    }
+
+    /// Sends everything, waiting for the socket as long as the peer takes something now and then.
     ///
     /// # Errors
     /// See [`LinkError`].
     pub fn flush_blocking(&mut self) -> Result<(), LinkError> {
-        self.stream.write_all(&self.output[self.sent..])?;
-        self.bytes_sent += (self.output.len() - self.sent) as u64;
-        self.output.clear();
-        self.sent = 0;
+        while !self.flush()? {
+            let timeout = Timespec {
+                tv_sec: (SILENCE_TIMEOUT_MS / 1000) as i64,
+                tv_nsec: (SILENCE_TIMEOUT_MS % 1000 * 1_000_000) as i64,
+            };
+            let mut fds = [PollFd::from_borrowed_fd(self.stream.as_fd(), PollFlags::OUT)];
+            if poll(&mut fds, Some(&timeout)).map_err(io::Error::from)? == 0 {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+        }
         Ok(())
     }
 
-    /// Sends the buffered frames and then `parts`, waiting for the socket; the parts are not
-    /// copied.
+    /// Queues the bytes of `parts` behind the buffered frames and sends what the socket takes. The
+    /// parts are copied only as far as the socket is full.
     ///
     /// # Errors
     /// See [`LinkError`].
     pub fn send_parts(&mut self, parts: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
-        let deadline = Instant::now() + Duration::from_millis(SILENCE_TIMEOUT_MS);
-        self.flush_blocking()?;
         let mut parts = parts;
-        while !parts.is_empty() {
-            if Instant::now() > deadline {
-                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-            }
-            match self.stream.write_vectored(parts) {
-                Ok(0) => return Err(LinkError::Closed),
-                Ok(n) => {
-                    self.bytes_sent += n as u64;
-                    IoSlice::advance_slices(&mut parts, n);
+        if self.flush()? {
+            while !parts.is_empty() {
+                match self.send_vectored_now(parts) {
+                    Ok(n) => {
+                        self.bytes_sent += n as u64;
+                        IoSlice::advance_slices(&mut parts, n);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error.into()),
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
             }
         }
+        for part in parts {
+            self.output.extend_from_slice(part);
+        }
         Ok(())
+    }
+
+    fn send_vectored_now(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let mut control = SendAncillaryBuffer::default();
+        Ok(sendmsg(&self.stream, parts, &mut control, flags)?)
     }
 
     /// Limits how long a blocking send or receive may wait.

@@ -50,6 +50,9 @@ pub struct SponsorStats {
     /// Why it cannot, if it cannot.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub down_reason: Option<String>,
+    /// Whether it wants to be rid of what it holds: it is drained, or short of memory.
+    #[serde(default)]
+    pub leaving: bool,
     /// Extents that it holds a replica of.
     pub extents: u32,
     /// Part of all extent replicas, 0 to 1.
@@ -84,6 +87,15 @@ pub struct PagerStats {
     /// Pages of the guest that were written since they were last stored, or were never stored;
     /// `None` where the kernel cannot tell.
     pub dirty_pages: Option<u64>,
+    /// Whether this pager went on where a former one ended.
+    #[serde(default)]
+    pub resumed: bool,
+    /// Why the region may not be used any more: it has a newer owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fenced: Option<String>,
+    /// For each sponsor, after how many microseconds a read is asked of another one, too.
+    #[serde(default)]
+    pub hedge_us: Vec<u64>,
     /// Largest number of pages that were only on sponsors at a time.
     pub remote_pages_peak: u64,
     /// Counts since the start.

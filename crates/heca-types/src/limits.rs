@@ -58,6 +58,21 @@ pub const RECONNECT_PAUSE_MS: u64 = 500;
 /// milliseconds.
 pub const PULL_TIMEOUT_MS: u64 = 2_000;
 
+/// Pause between two signs of life that a pager asks of each sponsor, in milliseconds.
+pub const HEARTBEAT_MS: u64 = 50;
+/// Default time without a sign of life after which a sponsor counts as dead, in milliseconds.
+pub const DETECT_MS_DEFAULT: u64 = 300;
+/// Default time that a sponsor may be away before its extents go elsewhere, in milliseconds.
+pub const REBUILD_AFTER_MS_DEFAULT: u64 = 10_000;
+/// Default bound of the traffic of rebuilding one region, in bytes a second.
+pub const REBUILD_BYTES_PER_S_DEFAULT: u64 = 200 << 20;
+/// Time for one frame of pages to be copied between sponsors, in milliseconds.
+pub const PULL_TIMEOUT_MS: u64 = 5_000;
+/// Shortest and longest time after which a read is hedged, in microseconds.
+pub const HEDGE_US: (u64, u64) = (300, 20_000);
+/// Reads that may be hedged, one in so many.
+pub const HEDGE_ONE_IN: u64 = 20;
+
 /// Default lease of a region, in milliseconds (30 min): what a sponsor holds for a demander that
 /// vanished is freed after this time. The lease is only garbage collection, epochs do the fencing;
 /// so it must outlive any restart of a demander's agent and pager.

@@ -1,5 +1,7 @@
 //! The engine thread: owns the state machine, carries out its actions.
 
+mod links;
+
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,20 +12,23 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use heca_api::PagerStats;
+use heca_core::hedge::HedgePolicy;
 use heca_core::pager::{
     Action, Event, FaultKind, FetchClass, FetchError, Install, InstallResult, Pager,
 };
+use heca_sys::journal::Journal;
 use heca_sys::uffd::{self, Fault, ResolveError, Userfaultfd};
 use heca_types::limits::{PAGE_BYTES, SILENCE_TIMEOUT_MS};
-use heca_types::{Epoch, PageIndex, PageVersion, RegionId};
+use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
 use super::evictor::{Job, UnmapJob};
-use super::lane::{Answer, Asked, ReadLane};
+use super::lane::{Answer, Asked, ReadLane, Seal};
 use super::pidfd_ends;
 use super::preflight::Target;
-use super::remote::{Lanes, Remote, chain};
+use super::rebuilder::PullJob;
+use super::remote::{Command, Lanes, Remote, chain};
 use super::statistics::Statistics;
 use super::waker::Waker;
 use crate::latency::LatencyHint;
@@ -31,6 +36,8 @@ use crate::link::{Link, LinkError};
 
 /// Longest sleep: retries, time limits and rates are looked at this often.
 const TICK: Duration = Duration::from_millis(100);
+/// How often reads are looked at that are overdue and could not be hedged.
+const OVERDUE_LOOK: Duration = Duration::from_millis(2);
 
 /// What the other threads tell the engine.
 #[derive(Debug)]
@@ -47,6 +54,14 @@ pub(super) enum Message {
         lanes: Box<Lanes>,
         /// The sponsor lost what it held.
         emptied: bool,
+    },
+    /// A sponsor to be used from now on; it comes up later.
+    Sponsor {
+        weight: u32,
+    },
+    /// The region has a newer owner.
+    Fenced {
+        reason: String,
     },
     Stats(Sender<PagerStats>),
     IsRestored(Sender<bool>),
@@ -66,6 +81,11 @@ pub(super) struct Context {
     pub(super) stopped: Duration,
     pub(super) spin: Duration,
     pub(super) remote: Remote,
+    pub(super) journal: Arc<Journal>,
+    pub(super) seal: Seal,
+    pub(super) pulls: Sender<PullJob>,
+    /// Whether a former pager of the process ended before this one began.
+    pub(super) resumed: bool,
 }
 
 /// A page to ask for at the next flush.
@@ -86,6 +106,10 @@ pub(super) struct Engine {
     context: Context,
     core: Pager,
     lanes: Vec<Option<SponsorLanes>>,
+    hedge: HedgePolicy,
+    /// When anything came from each sponsor, and whether it is under suspicion.
+    heard: Vec<(Instant, bool)>,
+    fenced: Option<String>,
     inbox: Receiver<Message>,
     waker: Arc<Waker>,
     jobs: Sender<Job>,
@@ -108,20 +132,18 @@ impl Engine {
     pub(super) fn new(
         core: Pager,
         context: Context,
-        lanes: Vec<(Link, Link)>,
+        lanes: Vec<Option<(Link, Link)>>,
         (inbox, waker): (Receiver<Message>, Arc<Waker>),
         (jobs, evictor_waker): (Sender<Job>, Arc<Waker>),
     ) -> std::io::Result<Self> {
-        let (region, epoch) = (context.region, context.epoch);
-        let lanes = lanes.into_iter().map(|(demand, prefetch)| {
-            Some(SponsorLanes {
-                demand: ReadLane::new(demand, region, epoch, false),
-                prefetch: ReadLane::new(prefetch, region, epoch, true),
-            })
-        });
+        let sponsors = lanes.len();
+        let lanes = lanes.into_iter().map(|links| Some(context.lanes(links?)));
         Ok(Self {
             core,
             lanes: lanes.collect(),
+            hedge: HedgePolicy::new(sponsors),
+            heard: vec![(Instant::now(), false); sponsors],
+            fenced: None,
             inbox,
             waker,
             jobs,
@@ -146,6 +168,19 @@ impl Engine {
         let mut faults: Vec<Fault> = Vec::with_capacity(64);
         let mut active = Instant::now();
         let mut ticked = Instant::now();
+        for sponsor in 0..self.lanes.len() {
+            if self.lanes[sponsor].is_none() {
+                self.dispatch(Event::SponsorDown { sponsor: sponsor as u8 }, None);
+            }
+        }
+        if self.context.resumed {
+            // Whoever waits was told of by messages that the former pager took with it: all look
+            // again.
+            let Target { base, len, .. } = self.context.target;
+            if let Err(error) = self.context.uffd.wake(base, len) {
+                tracing::error!("cannot wake waiting threads: {}", chain(&error));
+            }
+        }
         // The budget may be exceeded from the start.
         self.dispatch(Event::Tick, None);
         self.send_jobs();
@@ -155,6 +190,11 @@ impl Engine {
             busy |= self.take_messages();
             self.flush();
             let now = Instant::now();
+            self.look_for_overdue(now);
+            if self.core.has_work() {
+                self.dispatch(Event::Work, None);
+                busy = true;
+            }
             if now - ticked >= TICK {
                 ticked = now;
                 self.tick();
@@ -233,7 +273,10 @@ impl Engine {
             }
             Action::Fill { page } => {
                 let bytes = reply.expect("the machine fills only while a reply is at hand");
+                // Should this process die half way, the next one knows not to trust the page.
+                self.context.journal.set_filling(Some(page.0));
                 let written = self.context.ram.write_all_at(bytes, page.offset());
+                self.context.journal.set_filling(None);
                 (page, Install::Fill, written.map_err(|_| ResolveError::NoMemory))
             }
             Action::Zero { page } => (page, Install::Zero, uffd.zero(target.address(page))),
@@ -253,12 +296,30 @@ impl Engine {
                 self.poison(page);
                 return;
             }
-            Action::Unmap { page, version, dirty, replicas } => {
-                self.unmaps.push(UnmapJob { page, version, dirty, replicas });
+            Action::Unmap { page, version, dirty, sponsors } => {
+                self.context.journal.set_version(page.0, version.0);
+                self.unmaps.push(UnmapJob { page, version, dirty, sponsors });
                 return;
             }
-            Action::Punch { page } => {
+            Action::Punch { page, version } => {
+                self.context.journal.set_version(page.0, version.0);
                 self.punches.push(page);
+                return;
+            }
+            Action::Extent { extent } => {
+                self.context.journal.set_extent(extent.0, self.core.extent_record(extent));
+                return;
+            }
+            Action::Hold { extent, sponsor } => {
+                self.context.remote.command(sponsor, Command::Hold(extent));
+                return;
+            }
+            Action::Release { extent, sponsor } => {
+                self.context.remote.command(sponsor, Command::Release(extent));
+                return;
+            }
+            Action::Pull { page, version, from, to, attempt } => {
+                let _ = self.context.pulls.send(PullJob { page, version, from, to, attempt });
                 return;
             }
         };
@@ -310,51 +371,6 @@ impl Engine {
         }
     }
 
-    fn take_replies(&mut self) -> bool {
-        let mut busy = false;
-        for sponsor in 0..self.lanes.len() {
-            let Some(mut lanes) = self.lanes[sponsor].take() else { continue };
-            let id = sponsor as u8;
-            let mut outcome = Ok(());
-            for lane in [&mut lanes.demand, &mut lanes.prefetch] {
-                if lane.is_waiting() && outcome.is_ok() {
-                    match lane.receive(|asked, answer| self.take_page(id, asked, answer)) {
-                        Ok(any) => busy |= any,
-                        Err(error) => outcome = Err(error),
-                    }
-                }
-            }
-            self.lanes[sponsor] = Some(lanes);
-            if let Err(error) = outcome {
-                self.lose(id, chain(&error));
-            }
-        }
-        busy
-    }
-
-    fn take_page(&mut self, sponsor: u8, asked: Asked, answer: Answer<'_>) {
-        let page = asked.page;
-        match answer {
-            Ok(bytes) => {
-                let arrived = Instant::now();
-                let seen = self.seen.get(&page).copied();
-                self.dispatch(Event::Fetched { page }, Some(bytes));
-                let traffic = self.context.remote.traffic(sponsor);
-                traffic.pages_fetched.fetch_add(1, Ordering::Relaxed);
-                if let Some(seen) = seen {
-                    self.statistics.remote_fault(seen, asked.sent, arrived);
-                }
-            }
-            Err(error) => {
-                if error == FetchError::Corrupt {
-                    let sponsor = self.context.remote.address(sponsor);
-                    tracing::error!(%page, sponsor, "page arrived with a wrong checksum");
-                }
-                self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
-            }
-        }
-    }
-
     fn take_messages(&mut self) -> bool {
         let mut busy = false;
         while let Ok(message) = self.inbox.try_recv() {
@@ -370,6 +386,14 @@ impl Engine {
                 Message::LinksUp { sponsor, lanes, emptied } => {
                     self.gain(sponsor, *lanes, emptied);
                 }
+                Message::Sponsor { weight } => {
+                    let sponsor = self.core.add_sponsor(weight);
+                    self.lanes.push(None);
+                    self.hedge.resize(self.lanes.len());
+                    self.heard.push((Instant::now(), false));
+                    self.dispatch(Event::SponsorDown { sponsor }, None);
+                }
+                Message::Fenced { reason } => self.fence(reason),
                 Message::Stats(reply) => {
                     let _ = reply.try_send(self.stats());
                 }
@@ -380,67 +404,6 @@ impl Engine {
             }
         }
         busy
-    }
-
-    /// A sponsor cannot be used any more: the machine hears that first, then what was lost.
-    fn lose(&mut self, sponsor: u8, reason: String) {
-        let Some(lanes) = self.lanes[usize::from(sponsor)].take() else { return };
-        tracing::warn!(sponsor = self.context.remote.address(sponsor), "sponsor lost: {reason}");
-        self.count_traffic(sponsor, &lanes);
-        self.dispatch(Event::SponsorDown { sponsor }, None);
-        let _ = self.jobs.send(Job::LinkDown { sponsor });
-        self.evictor_waker.wake();
-        for page in lanes.demand.abandon().chain(lanes.prefetch.abandon()) {
-            let error = FetchError::Lost;
-            self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
-        }
-        self.context.remote.mark_down(sponsor, reason);
-    }
-
-    fn gain(&mut self, sponsor: u8, lanes: Lanes, emptied: bool) {
-        let (region, epoch) = (self.context.region, self.context.epoch);
-        let _ = self.jobs.send(Job::LinkUp { sponsor, link: Box::new(lanes.write_back) });
-        self.lanes[usize::from(sponsor)] = Some(SponsorLanes {
-            demand: ReadLane::new(lanes.demand, region, epoch, false),
-            prefetch: ReadLane::new(lanes.prefetch, region, epoch, true),
-        });
-        if emptied {
-            self.dispatch(Event::SponsorEmptied { sponsor }, None);
-        }
-        self.dispatch(Event::SponsorUp { sponsor }, None);
-    }
-
-    fn count_traffic(&self, sponsor: u8, lanes: &SponsorLanes) {
-        let traffic = self.context.remote.traffic(sponsor);
-        for lane in [&lanes.demand, &lanes.prefetch] {
-            traffic.bytes_received.fetch_add(lane.link.bytes_received, Ordering::Relaxed);
-            traffic.bytes_sent.fetch_add(lane.link.bytes_sent, Ordering::Relaxed);
-        }
-    }
-
-    /// Sends requests and hands batches to the evictor.
-    fn flush(&mut self) {
-        self.asks.reverse();
-        while let Some(ask) = self.asks.pop() {
-            let Ask { page, version, sponsor, class } = ask;
-            match (&mut self.lanes[usize::from(sponsor)], class) {
-                (Some(lanes), FetchClass::Demand) => lanes.demand.ask(page, version),
-                (Some(lanes), FetchClass::Prefetch) => lanes.prefetch.ask(page, version),
-                // It was lost since; the machine knows and asks another one.
-                (None, _) => {
-                    let error = FetchError::Lost;
-                    self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
-                }
-            }
-        }
-        for sponsor in 0..self.lanes.len() {
-            let Some(lanes) = &mut self.lanes[sponsor] else { continue };
-            let sent = lanes.demand.flush().and_then(|()| lanes.prefetch.flush());
-            if let Err(error) = sent {
-                self.lose(sponsor as u8, chain(&error));
-            }
-        }
-        self.send_jobs();
     }
 
     fn send_jobs(&mut self) {
@@ -458,6 +421,10 @@ impl Engine {
 
     fn tick(&mut self) {
         self.dispatch(Event::Tick, None);
+        for sponsor in 0..self.lanes.len() as u8 {
+            let us = self.hedge.tick(sponsor);
+            self.dispatch(Event::Latency { sponsor, us }, None);
+        }
         let limit = Duration::from_millis(SILENCE_TIMEOUT_MS);
         let now = Instant::now();
         for sponsor in 0..self.lanes.len() {
@@ -476,16 +443,6 @@ impl Engine {
         if pidfd_ends(&self.context.pidfd, Duration::ZERO) {
             self.running = false;
         }
-    }
-
-    /// Bytes received and sent on the read connections that are open now.
-    fn live_bytes(&self) -> (u64, u64) {
-        self.lanes.iter().flatten().fold((0, 0), |(received, sent), lanes| {
-            let links = [&lanes.demand.link, &lanes.prefetch.link];
-            links.iter().fold((received, sent), |(r, s), link| {
-                (r + link.bytes_received, s + link.bytes_sent)
-            })
-        })
     }
 
     fn stats(&mut self) -> PagerStats {
@@ -509,6 +466,9 @@ impl Engine {
             gauges,
             // Counted by whoever asks, not by the thread that faults wait for.
             dirty_pages: None,
+            resumed: self.context.resumed,
+            fenced: self.fenced.clone(),
+            hedge_us: (0..self.lanes.len() as u8).map(|s| self.hedge.delay_us(s)).collect(),
             remote_pages_peak: self.remote_peak,
             counters: *self.core.counters(),
             latency: self.statistics.latency(),
@@ -530,9 +490,15 @@ impl Engine {
         fds.push(PollFd::from_borrowed_fd(self.waker.as_fd(), PollFlags::IN));
         fds.push(PollFd::from_borrowed_fd(self.context.pidfd.as_fd(), PollFlags::IN));
         for lane in self.lanes.iter().flatten().flat_map(|l| [&l.demand, &l.prefetch]) {
-            fds.push(PollFd::from_borrowed_fd(lane.link.as_fd(), PollFlags::IN));
+            let mut flags = PollFlags::IN;
+            flags.set(PollFlags::OUT, lane.link.has_output());
+            fds.push(PollFd::from_borrowed_fd(lane.link.as_fd(), flags));
         }
-        let timeout = Timespec { tv_sec: 0, tv_nsec: TICK.as_nanos() as i64 };
+        let due = self.next_due().map(|due| due.saturating_duration_since(Instant::now()));
+        // What is overdue already waits for the budget of hedges.
+        let due = due.map(|due| if due.is_zero() { OVERDUE_LOOK } else { due });
+        let timeout = due.map_or(TICK, |due| due.min(TICK));
+        let timeout = Timespec { tv_sec: 0, tv_nsec: timeout.as_nanos() as i64 };
         let polled = poll(&mut fds, Some(&timeout));
         let woken = polled.is_ok() && !fds[1].revents().is_empty();
         let ended = polled.is_ok() && !fds[2].revents().is_empty();
@@ -544,22 +510,6 @@ impl Engine {
         }
         if idle_input {
             self.look_at_idle_lanes();
-        }
-    }
-
-    fn look_at_idle_lanes(&mut self) {
-        for sponsor in 0..self.lanes.len() {
-            let Some(lanes) = &mut self.lanes[sponsor] else { continue };
-            let mut outcome: Result<(), LinkError> = Ok(());
-            for lane in [&mut lanes.demand, &mut lanes.prefetch] {
-                if !lane.is_waiting() {
-                    let received = lane.receive(|_, _| {});
-                    outcome = outcome.and(received.map(|_| ()));
-                }
-            }
-            if let Err(error) = outcome {
-                self.lose(sponsor as u8, chain(&error));
-            }
         }
     }
 }

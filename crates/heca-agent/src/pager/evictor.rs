@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use heca_core::pager::{Event, Protection, Unmapped};
-use heca_core::placement::Layout;
 use heca_sys::pagemap::{PageInfo, Pagemap};
 use heca_sys::ring::RemoteRing;
 use heca_sys::uffd::{ResolveError, Userfaultfd};
@@ -26,9 +25,10 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::time::Timespec;
 
 use super::engine::Message;
-use super::lane::is_final;
+use super::lane::{Seal, is_final};
 use super::preflight::Target;
-use super::remote::{Remote, chain};
+use super::remote::Remote;
+use super::remote::chain;
 use super::waker::Waker;
 use crate::link::{Link, LinkError};
 
@@ -63,7 +63,8 @@ pub(super) struct UnmapJob {
     pub(super) page: PageIndex,
     pub(super) version: PageVersion,
     pub(super) dirty: bool,
-    pub(super) replicas: u8,
+    /// Sponsors to store it on, one bit each.
+    pub(super) sponsors: u16,
 }
 
 #[derive(Debug)]
@@ -79,10 +80,10 @@ pub(super) struct Context {
     pub(super) uffd: Arc<Userfaultfd>,
     pub(super) ram: Arc<File>,
     pub(super) target: Target,
-    pub(super) layout: Layout,
     pub(super) region: RegionId,
     pub(super) epoch: Epoch,
     pub(super) remote: Remote,
+    pub(super) seal: Seal,
 }
 
 struct WriteLane {
@@ -111,7 +112,7 @@ pub(super) struct Evictor {
 struct Outgoing {
     entry: PageEntry,
     slot: usize,
-    replicas: u8,
+    sponsors: u16,
 }
 
 /// Neighbouring pages as (address or offset, length) in bytes; `pages` is sorted.
@@ -127,9 +128,8 @@ fn runs(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
 }
 
 impl WriteLane {
-    fn new(link: Link) -> io::Result<Self> {
-        link.set_timeout(Some(Duration::from_millis(SILENCE_TIMEOUT_MS)))?;
-        Ok(Self { link, in_flight: VecDeque::new(), next_request: 1, progress: Instant::now() })
+    fn new(link: Link) -> Self {
+        Self { link, in_flight: VecDeque::new(), next_request: 1, progress: Instant::now() }
     }
 }
 
@@ -137,17 +137,15 @@ impl Evictor {
     pub(super) fn new(
         context: Context,
         unmapper: Unmapper,
-        lanes: Vec<Link>,
+        lanes: Vec<Option<Link>>,
         (jobs, waker): (Receiver<Job>, Arc<Waker>),
         (engine, engine_waker): (Sender<Message>, Arc<Waker>),
     ) -> io::Result<Self> {
-        let lanes: io::Result<Vec<_>> =
-            lanes.into_iter().map(|link| WriteLane::new(link).map(Some)).collect();
         Ok(Self {
             pagemap: Pagemap::open(context.target.pid)?,
             context,
             unmapper,
-            lanes: lanes?,
+            lanes: lanes.into_iter().map(|link| link.map(WriteLane::new)).collect(),
             jobs,
             waker,
             engine,
@@ -174,10 +172,13 @@ impl Evictor {
                         }
                     }
                     Job::Punch(pages) => self.punch(pages),
-                    Job::LinkUp { sponsor, link } => match WriteLane::new(*link) {
-                        Ok(lane) => self.lanes[usize::from(sponsor)] = Some(lane),
-                        Err(error) => self.lose(sponsor, &error.into()),
-                    },
+                    Job::LinkUp { sponsor, link } => {
+                        let position = usize::from(sponsor);
+                        if position >= self.lanes.len() {
+                            self.lanes.resize_with(position + 1, || None);
+                        }
+                        self.lanes[position] = Some(WriteLane::new(*link));
+                    }
                     Job::LinkDown { sponsor } => self.drop_lane(sponsor),
                     Job::Stop => return,
                 }
@@ -274,19 +275,28 @@ impl Evictor {
             tracing::error!(%error, page = job.page.0, "cannot read guest memory");
             return Unmapped::Failed;
         }
-        let entry = PageEntry::new(job.page, job.version);
-        if is_zero_page(bytes) {
-            if job.version == PageVersion(1) {
-                return Unmapped::Zero(0);
-            }
-            let checksum = page_checksum(job.page, job.version, bytes);
-            let entry = entry.with_flags(EntryFlags::ZERO).with_checksum(checksum);
-            outgoing.push(Outgoing { entry, slot, replicas: job.replicas });
-            return Unmapped::Zero(job.replicas);
+        let (page, version, sponsors) = (job.page, job.version, job.sponsors);
+        let mut entry = PageEntry::new(page, version);
+        let zero = is_zero_page(bytes);
+        if zero && version == PageVersion(1) {
+            return Unmapped::Zero(0);
         }
-        let entry = entry.with_checksum(page_checksum(job.page, job.version, bytes));
-        outgoing.push(Outgoing { entry, slot, replicas: job.replicas });
-        Unmapped::Sent(job.replicas)
+        let mut flags = if zero { EntryFlags::ZERO } else { EntryFlags::default() };
+        // The checksum covers what the sponsor stores, so that it can check that itself.
+        match &self.context.seal {
+            None => {}
+            Some(seal) if zero => {
+                flags = flags.union(EntryFlags::SEALED);
+                entry = entry.with_tag(seal.seal_zero(page, version));
+            }
+            Some(seal) => {
+                flags = EntryFlags::SEALED;
+                entry = entry.with_tag(seal.seal(page, version, bytes));
+            }
+        }
+        let entry = entry.with_flags(flags).with_checksum(page_checksum(page, version, bytes));
+        outgoing.push(Outgoing { entry, slot, sponsors });
+        if zero { Unmapped::Zero(sponsors) } else { Unmapped::Sent(sponsors) }
     }
 
     /// Sends each page to its replicas: one frame for each sponsor.
@@ -295,9 +305,7 @@ impl Evictor {
             let mut entries = Vec::with_capacity(FRAME_PAGES_MAX);
             let mut slots = Vec::with_capacity(FRAME_PAGES_MAX);
             for page in outgoing {
-                let set = self.context.layout.replicas(page.entry.page().extent());
-                let Some(replica) = set.position(sponsor) else { continue };
-                if page.replicas >> replica & 1 == 1 {
+                if page.sponsors >> sponsor & 1 == 1 {
                     entries.push(page.entry);
                     if page.entry.flags().has_data() {
                         slots.push(page.slot as u64 * PAGE_BYTES as u64);
@@ -376,9 +384,10 @@ impl Evictor {
             traffic
                 .bytes_received
                 .fetch_add(std::mem::take(&mut lane.link.bytes_received), Ordering::Relaxed);
+            let flushed = if lane.link.has_output() { lane.link.flush().map(|_| ()) } else { Ok(()) };
             busy |= !events.is_empty();
             self.report(events);
-            if let Err(error) = outcome {
+            if let Err(error) = outcome.and(flushed) {
                 self.lose(sponsor, &error);
             }
         }
@@ -409,7 +418,9 @@ impl Evictor {
             let mut fds = Vec::with_capacity(1 + self.lanes.len());
             fds.push(PollFd::from_borrowed_fd(self.waker.as_fd(), PollFlags::IN));
             for lane in self.lanes.iter().flatten() {
-                fds.push(PollFd::from_borrowed_fd(lane.link.as_fd(), PollFlags::IN));
+                let mut flags = PollFlags::IN;
+                flags.set(PollFlags::OUT, lane.link.has_output());
+                fds.push(PollFd::from_borrowed_fd(lane.link.as_fd(), flags));
             }
             let timeout = Timespec { tv_sec: 0, tv_nsec: TICK.as_nanos() as i64 };
             let polled = poll(&mut fds, Some(&timeout));

@@ -9,6 +9,7 @@ use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
 use heca_wire::{Body, EntryFlags, Header, Kind, PageEntry, encode_pages, page_checksum};
 
 use crate::link::{Link, LinkError};
+use crate::seal::Sealer;
 
 /// Pages in one prefetch request: a demand read that turns out to wait for it does not wait long.
 const PREFETCH_FRAME_PAGES: usize = 16;
@@ -22,6 +23,9 @@ pub(super) struct Asked {
     pub(super) sent: Instant,
 }
 
+/// What opens the pages that were sealed before they left.
+pub(super) type Seal = Option<std::sync::Arc<Sealer>>;
+
 /// Reads for faults, or reads ahead of them.
 #[derive(Debug)]
 pub(super) struct ReadLane {
@@ -31,6 +35,10 @@ pub(super) struct ReadLane {
     frame_pages: usize,
     pending: VecDeque<(PageIndex, PageVersion)>,
     in_flight: VecDeque<Asked>,
+    /// So many of the oldest in flight are known to be overdue.
+    late: usize,
+    seal: Seal,
+    opened: Box<[u8]>,
     next_request: u64,
     entries: Vec<PageEntry>,
 }
@@ -41,7 +49,12 @@ pub(super) type Answer<'a> = Result<&'a [u8], FetchError>;
 static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 impl ReadLane {
-    pub(super) fn new(link: Link, region: RegionId, epoch: Epoch, prefetch: bool) -> Self {
+    pub(super) fn new(
+        link: Link,
+        (region, epoch): (RegionId, Epoch),
+        prefetch: bool,
+        seal: Seal,
+    ) -> Self {
         Self {
             link,
             region,
@@ -49,6 +62,9 @@ impl ReadLane {
             frame_pages: if prefetch { PREFETCH_FRAME_PAGES } else { FRAME_PAGES_MAX },
             pending: VecDeque::new(),
             in_flight: VecDeque::new(),
+            late: 0,
+            seal,
+            opened: vec![0; PAGE_BYTES].into_boxed_slice(),
             next_request: 1,
             entries: Vec::with_capacity(FRAME_PAGES_MAX),
         }
@@ -65,6 +81,18 @@ impl ReadLane {
     /// When the oldest request in flight was sent.
     pub(super) fn oldest(&self) -> Option<Instant> {
         self.in_flight.front().map(|asked| asked.sent)
+    }
+
+    /// When the oldest request that is not overdue yet was sent.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.in_flight.get(self.late).map(|asked| asked.sent)
+    }
+
+    /// The next page that was asked for before `since` and was not called overdue yet.
+    pub(super) fn take_overdue(&mut self, since: Instant) -> Option<PageIndex> {
+        let asked = self.in_flight.get(self.late).filter(|asked| asked.sent < since)?;
+        self.late += 1;
+        Some(asked.page)
     }
 
     /// Sends what was asked for, as far as the pipeline's bound allows.
@@ -105,7 +133,15 @@ impl ReadLane {
                             return Err(LinkError::Unexpected { found: header.kind });
                         };
                         self.in_flight.pop_front();
-                        take(asked, judge(&asked, entry, data));
+                        self.late = self.late.saturating_sub(1);
+                        let answer = judge(&asked, entry, data);
+                        let answer = match (&self.seal, answer) {
+                            (Some(seal), Ok(bytes)) => {
+                                open_sealed(seal, &asked, entry, bytes, &mut self.opened)
+                            }
+                            (_, answer) => answer,
+                        };
+                        take(asked, answer);
                     }
                 }
                 Body::Error(text) => {
@@ -145,4 +181,30 @@ fn judge<'a>(asked: &Asked, entry: &PageEntry, data: Option<&'a [u8]>) -> Answer
         return Err(FetchError::Corrupt);
     }
     Ok(bytes)
+}
+
+/// Opens a page that was sealed under the version asked for: anything else than what this pager
+/// stored under it does not open.
+fn open_sealed<'a>(
+    seal: &Sealer,
+    asked: &Asked,
+    entry: &PageEntry,
+    bytes: &[u8],
+    opened: &'a mut [u8],
+) -> Answer<'a> {
+    let (page, version) = (asked.page, asked.version);
+    let outcome = if entry.flags().contains(EntryFlags::ZERO) {
+        opened.fill(0);
+        seal.open_zero(page, version, &entry.tag())
+    } else {
+        opened.copy_from_slice(bytes);
+        seal.open(page, version, opened, &entry.tag())
+    };
+    match outcome {
+        Ok(()) => Ok(opened),
+        Err(error) => {
+            tracing::error!("{error}");
+            Err(FetchError::Corrupt)
+        }
+    }
 }

@@ -4,17 +4,21 @@
 //! |---|---|
 //! | engine | owns the state machine; takes faults, reads replies, installs pages |
 //! | evictor | unmaps victims, reads and sends dirty pages, takes acknowledgements, frees pages |
-//! | sponsors | renews leases, connects again to sponsors that went away |
+//! | rebuilder | has sponsors copy pages from each other |
+//! | keepers, one a sponsor | ask for signs of life, renew leases, connect again |
 //!
 //! Only the engine changes page state. The others report to it by messages, so there is no lock
 //! in the fault path.
 
 mod engine;
 mod evictor;
+mod keeper;
 mod lane;
 mod preflight;
+mod rebuilder;
 mod remote;
 mod server;
+mod start;
 mod statistics;
 mod waker;
 
@@ -39,6 +43,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use preflight::swap_is_on;
 pub use server::serve;
+pub use start::{journal_path, start};
 
 use engine::{Engine, Message};
 use evictor::{Evictor, Unmapper};
@@ -76,6 +81,21 @@ pub struct PagerConfig {
     pub lease_ms: u64,
     /// How long the engine polls for work before it sleeps, in microseconds.
     pub spin_us: u64,
+    /// Go on where a former pager of the process ended. The epoch is one above that one's.
+    #[serde(default)]
+    pub resume: bool,
+    /// Directory of the host's identity for TLS; plaintext without one.
+    #[serde(default)]
+    pub identity: Option<PathBuf>,
+    /// File of the key that pages are sealed with before they leave; not sealed without one.
+    #[serde(default)]
+    pub seal_key: Option<PathBuf>,
+    /// Time without a sign of life after which a sponsor counts as dead, in milliseconds.
+    pub detect_ms: u64,
+    /// Time that a sponsor may be away before its extents go elsewhere, in milliseconds.
+    pub rebuild_after_ms: u64,
+    /// Bound of the traffic of rebuilding, in bytes a second.
+    pub rebuild_bytes_per_s: u64,
 }
 
 /// A pager that serves faults. Dropping the handle does not stop it.
@@ -90,6 +110,8 @@ pub struct PagerHandle {
     uffd: Arc<Userfaultfd>,
     pidfd: OwnedFd,
     threads: Vec<JoinHandle<()>>,
+    keepers: Mutex<Vec<JoinHandle<Option<Link>>>>,
+    journal: PathBuf,
 }
 
 /// Score that keeps the kernel from choosing the pager when memory is short.
@@ -130,260 +152,8 @@ pub fn check_budget(local: ByteSize) -> Result<u64, ApiError> {
     Ok(pages)
 }
 
-/// Takes over the memory of a process. On any error nothing is changed, neither in the process nor
-/// on the sponsors.
-///
-/// # Errors
-/// Everything that makes paging impossible or unsafe, with what to do about it.
-pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
-    let budget_pages = check_budget(config.local)?;
-    let target = preflight::find_target(config.pid, &config.ram_file)?;
-    if target.len > REGION_BYTES_MAX {
-        return Err(ApiError::new("region-too-large", "the memory is larger than 16 TiB"));
-    }
-    let pages = target.len / PAGE_BYTES as u64;
-    let weights: Vec<u32> = config.sponsors.iter().map(|s| s.weight).collect();
-    let extents = pages.div_ceil(EXTENT_PAGES) as u32;
-    let layout = Layout::spread(extents, &weights, config.replicas)
-        .map_err(|error| ApiError::new("placement", error.to_string()))?;
-    let features = preflight::check_kernel()?;
-    let (unmapper, method) = preflight::choose_unmapper(config.eviction, config.pid, features)?;
-    let protection = unmapper.protection();
-    let ram = Arc::new(preflight::open_ram(&config.ram_file, &target)?);
-
-    let (remote, lanes) = Remote::connect(config, &layout)?;
-    match attach_and_run(Setup {
-        config,
-        target,
-        layout,
-        features,
-        unmapper,
-        method,
-        protection,
-        ram,
-        lanes,
-        remote: remote.clone(),
-        budget_pages,
-        pages,
-    }) {
-        Ok(handle) => Ok(handle),
-        Err(error) => {
-            remote.close_regions();
-            Err(error)
-        }
-    }
-}
-
-struct Setup<'a> {
-    config: &'a PagerConfig,
-    target: Target,
-    layout: Layout,
-    features: Features,
-    unmapper: Unmapper,
-    method: &'static str,
-    protection: Protection,
-    ram: Arc<File>,
-    lanes: Vec<remote::Lanes>,
-    remote: Remote,
-    budget_pages: u64,
-    pages: u64,
-}
-
-fn attach_and_run(setup: Setup<'_>) -> Result<PagerHandle, ApiError> {
-    let Setup { config, target, layout, ram, remote, .. } = setup;
-    let sponsors = config.sponsors.len() as u8;
-    let mut core = heca_core::pager::Pager::new(Config {
-        pages: setup.pages,
-        budget_pages: setup.budget_pages,
-        protection: setup.protection,
-        layout: layout.clone(),
-        sponsors,
-        prefetch: config.prefetch,
-        mutation: None,
-    });
-    let attached = attach::userfaultfd(config.pid).map_err(|error| attach_error(config, &error))?;
-    let uffd = Arc::new(attached.uffd);
-    let abandon = |error: ApiError| {
-        let _ = uffd.unregister(target.base, target.len);
-        let _ = attach::close_remote(config.pid, attached.remote_fd);
-        error
-    };
-    register(&uffd, &target, setup.features, setup.protection).map_err(abandon)?;
-    // A stopped guest may have been mapped by somebody else while we connected.
-    preflight::refuse_second_mapper(&target).map_err(abandon)?;
-
-    adopt_present_pages(&ram, setup.pages, &mut core)
-        .map_err(|error| abandon(io_error("look for pages in the RAM file", &error)))?;
-    let pidfd = heca_sys::process::open_pidfd(config.pid)
-        .map_err(|error| abandon(io_error("watch the process", &error)))?;
-
-    let waker = Arc::new(Waker::new().map_err(|e| abandon(io_error("make an eventfd", &e)))?);
-    let evictor_waker =
-        Arc::new(Waker::new().map_err(|e| abandon(io_error("make an eventfd", &e)))?);
-    let (messages, inbox) = crossbeam_channel::unbounded();
-    let (jobs, jobs_inbox) = crossbeam_channel::unbounded();
-    let mut data_lanes = Vec::new();
-    let mut write_lanes = Vec::new();
-    for lanes in setup.lanes {
-        data_lanes.push((lanes.demand, lanes.prefetch));
-        write_lanes.push(lanes.write_back);
-    }
-    let evictor = Evictor::new(
-        evictor::Context {
-            uffd: uffd.clone(),
-            ram: ram.clone(),
-            target,
-            layout: layout.clone(),
-            region: config.region,
-            epoch: config.epoch,
-            remote: remote.clone(),
-        },
-        setup.unmapper,
-        write_lanes,
-        (jobs_inbox, evictor_waker.clone()),
-        (messages.clone(), waker.clone()),
-    )
-    .map_err(|error| abandon(io_error("open the page map", &error)))?;
-    let engine = Engine::new(
-        core,
-        engine::Context {
-            uffd: uffd.clone(),
-            ram,
-            target,
-            pidfd: pidfd.try_clone().map_err(|e| abandon(io_error("watch the process", &e)))?,
-            name: config.name.clone(),
-            method: setup.method,
-            replicas: config.replicas,
-            region: config.region,
-            epoch: config.epoch,
-            stopped: attached.stopped,
-            spin: Duration::from_micros(config.spin_us),
-            remote: remote.clone(),
-        },
-        data_lanes,
-        (inbox, waker.clone()),
-        (jobs, evictor_waker),
-    )
-    .map_err(|error| abandon(io_error("start the engine", &error)))?;
-
-    let (end, ended) = bounded(0);
-    let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(work)
-            .map_err(|error| io_error("start a thread", &error))
-    };
-    let (renewer, manager) = (remote.clone(), remote.clone());
-    let to_engine = (messages.clone(), waker.clone());
-    let to_engine2 = to_engine.clone();
-    // The engine last, and only if all others run: once it began, pages may leave the process. The
-    // others end by themselves when it does not come, as its end of their channels goes away.
-    let others = || {
-        Ok(vec![
-            spawn("evictor", Box::new(move || evictor.run()))?,
-            spawn("leases", Box::new(move || renewer.renew_leases(&to_engine.0, &to_engine.1)))?,
-            spawn("sponsors", Box::new(move || manager.reconnect(&to_engine2.0, &to_engine2.1)))?,
-        ])
-    };
-    let all = others().and_then(|mut threads: Vec<_>| {
-        let run = move || {
-            engine.run();
-            drop(end);
-        };
-        threads.push(spawn("engine", Box::new(run))?);
-        Ok(threads)
-    });
-    let threads = all.map_err(|error| {
-        remote.stop();
-        abandon(error)
-    })?;
-    Ok(PagerHandle {
-        messages,
-        waker,
-        ended,
-        remote,
-        target,
-        remote_fd: attached.remote_fd,
-        uffd,
-        pidfd,
-        threads,
-    })
-}
-
 fn io_error(what: &str, error: &std::io::Error) -> ApiError {
     ApiError::new("io", format!("cannot {what}")).detail(error.to_string())
-}
-
-fn attach_error(config: &PagerConfig, error: &std::io::Error) -> ApiError {
-    let message = format!(
-        "cannot take over the page faults of process {} ({})",
-        config.pid,
-        heca_sys::process::command_name(config.pid)
-    );
-    let hint = match error.raw_os_error() {
-        Some(1) => {
-            "run as root, and detach any debugger from the process (a process has one \
-                    tracer at a time); `heca doctor` checks the rest"
-        }
-        Some(3) => "the process ended; start it again",
-        _ => "run `heca doctor`",
-    };
-    ApiError::new("attach-failed", message).detail(error.to_string()).hint(hint)
-}
-
-fn register(
-    uffd: &Userfaultfd,
-    target: &Target,
-    available: Features,
-    protection: Protection,
-) -> Result<(), ApiError> {
-    let mut wanted = Features::PAGEFAULT_FLAG_WP
-        .union(Features::MISSING_SHMEM)
-        .union(Features::MINOR_SHMEM)
-        .union(Features::WP_HUGETLBFS_SHMEM)
-        .union(Features::WP_UNPOPULATED)
-        .union(Features::POISON);
-    if protection == Protection::Zap {
-        wanted = wanted.union(Features::WP_ASYNC);
-    }
-    uffd.enable(wanted.intersection(available))
-        .map_err(|error| io_error("set userfaultfd features", &error))?;
-    let modes = Modes::MISSING.union(Modes::MINOR).union(Modes::WP);
-    uffd.register(target.base, target.len, modes).map_err(|error| {
-        let busy = error.raw_os_error() == Some(16);
-        let hint = if busy {
-            "another pager watches this memory already; end that one first"
-        } else {
-            "the memory must be a shared mapping of a file on tmpfs, such as /dev/shm"
-        };
-        ApiError::new("register-failed", "userfaultfd cannot watch this memory")
-            .detail(error.to_string())
-            .hint(hint)
-    })
-}
-
-/// Pages that have content already are resident. Called after registration: whatever appears
-/// later comes through the pager.
-fn adopt_present_pages(
-    ram: &File,
-    pages: u64,
-    core: &mut heca_core::pager::Pager,
-) -> std::io::Result<()> {
-    let mut offset = 0;
-    let end = pages * PAGE_BYTES as u64;
-    while offset < end {
-        let data = match rustix::fs::seek(ram, SeekFrom::Data(offset)) {
-            Ok(data) => data,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let hole = rustix::fs::seek(ram, SeekFrom::Hole(data))?.min(end);
-        for page in data / PAGE_BYTES as u64..hole.div_ceil(PAGE_BYTES as u64) {
-            core.adopt_resident(PageIndex(page));
-        }
-        offset = hole;
-    }
-    Ok(())
 }
 
 impl PagerHandle {
@@ -415,6 +185,31 @@ impl PagerHandle {
         Ok(())
     }
 
+    /// Starts the keeper of a sponsor.
+    fn keep(&self, position: u8, control: Option<Link>, mailbox: &Mailbox) {
+        let keeper = Keeper::new(self.remote.clone(), position, control, mailbox.clone());
+        let name = format!("keeper-{position}");
+        match std::thread::Builder::new().name(name).spawn(move || keeper.run()) {
+            Ok(thread) => lock(&self.keepers).push(thread),
+            Err(error) => {
+                let reason = format!("no thread for it: {error}");
+                mailbox.send(Message::LinkLost { sponsor: position, reason });
+            }
+        }
+    }
+
+    /// One more sponsor. It gets extents when one of the others is lost or leaves.
+    ///
+    /// # Errors
+    /// Too many sponsors, or one that is known already.
+    pub fn add_sponsor(&self, sponsor: &SponsorAddress) -> Result<(), ApiError> {
+        let position = self.remote.add(sponsor)?;
+        let mailbox = Mailbox { messages: self.messages.clone(), waker: self.waker.clone() };
+        mailbox.send(Message::Sponsor { weight: sponsor.weight });
+        self.keep(position, None, &mailbox);
+        Ok(())
+    }
+
     /// Becomes disconnected when the process ended or the pager was detached.
     #[must_use]
     pub fn ended(&self) -> &Receiver<()> {
@@ -439,8 +234,11 @@ impl PagerHandle {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        let keepers = std::mem::take(&mut *lock(&self.keepers));
+        let controls = keepers.into_iter().map(|keeper| keeper.join().ok().flatten()).collect();
         if close {
-            self.remote.close_regions();
+            self.remote.close_regions(controls);
+            let _ = std::fs::remove_file(&self.journal);
         }
         self.remote.last_stats()
     }

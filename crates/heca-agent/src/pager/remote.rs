@@ -1,23 +1,22 @@
-//! The sponsors of one pager: opening regions, renewing leases, connecting again.
+//! The sponsors of one pager: opening regions, signs of life, connecting again.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
-use crossbeam_channel::Sender;
-use heca_api::{ApiError, PagerStats, SponsorStats};
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use heca_api::{ApiError, PagerStats, SponsorAddress, SponsorStats};
 use heca_core::placement::Layout;
-use heca_types::limits::{CONNECT_TIMEOUT_MS, EXTENT_BYTES, RECONNECT_PAUSE_MS};
+use heca_sys::journal::Journal;
+use heca_types::limits::{CONNECT_TIMEOUT_MS, EXTENT_BYTES, SPONSORS_MAX};
 use heca_types::{ExtentIndex, StoreId};
-use heca_wire::{Body, Header, Kind, Open, Role, encode_open};
+use heca_wire::{Body, Header, Kind, Open, Role, encode_open, encode_release};
 
 use super::PagerConfig;
-use super::engine::Message;
-use super::waker::Waker;
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Security};
 
-const TIMEOUT: Duration = Duration::from_millis(CONNECT_TIMEOUT_MS);
-const MANAGER_PERIOD: Duration = Duration::from_millis(100);
+pub(super) const TIMEOUT: Duration = Duration::from_millis(CONNECT_TIMEOUT_MS);
 
 /// The data connections to one sponsor.
 #[derive(Debug)]
@@ -37,35 +36,52 @@ pub(super) struct Traffic {
 }
 
 #[derive(Debug)]
-struct Status {
-    up: bool,
-    reason: Option<String>,
+pub(super) struct Status {
+    pub(super) up: bool,
+    pub(super) reason: Option<String>,
+    pub(super) leaving: bool,
+}
+
+/// What the keeper of a sponsor is asked to tell it.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Command {
+    Hold(ExtentIndex),
+    Release(ExtentIndex),
 }
 
 #[derive(Debug)]
-struct Peer {
-    address: String,
-    extents: Vec<ExtentIndex>,
+pub(super) struct Peer {
+    pub(super) address: String,
+    pub(super) extents: Mutex<BTreeSet<ExtentIndex>>,
     store: Mutex<Option<StoreId>>,
-    control: Mutex<Option<Link>>,
-    status: Mutex<Status>,
-    traffic: Traffic,
+    /// The sponsor should have pages of ours: an empty region means that it lost them.
+    expects_pages: AtomicBool,
+    pub(super) commands: (Sender<Command>, Receiver<Command>),
+    pub(super) status: Mutex<Status>,
+    pub(super) traffic: Traffic,
 }
 
 #[derive(Debug)]
-struct Inner {
-    config: PagerConfig,
+pub(super) struct Inner {
+    pub(super) config: PagerConfig,
+    pub(super) security: Security,
     extent_count: u32,
-    peers: Vec<Peer>,
-    stopping: AtomicBool,
+    peers: RwLock<Vec<Arc<Peer>>>,
+    journal: Arc<Journal>,
+    pub(super) stopping: AtomicBool,
+    /// A newer owner has the region: nothing is asked for any more.
+    fenced: AtomicBool,
     last_stats: Mutex<Option<PagerStats>>,
 }
 
 /// Shared by the threads of a pager.
 #[derive(Debug, Clone)]
-pub(super) struct Remote(Arc<Inner>);
+pub(super) struct Remote(pub(super) Arc<Inner>);
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// A sponsor that could be reached: its control connection and its data connections.
+pub(super) type Connected = (Link, Lanes);
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -80,115 +96,222 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+impl Peer {
+    fn new(address: &SponsorAddress, extents: BTreeSet<ExtentIndex>) -> Self {
+        Self {
+            address: address.address.clone(),
+            extents: Mutex::new(extents),
+            store: Mutex::default(),
+            expects_pages: AtomicBool::new(false),
+            commands: unbounded(),
+            status: Mutex::new(Status { up: true, reason: None, leaving: false }),
+            traffic: Traffic::default(),
+        }
+    }
+
+    fn quota_bytes(extents: usize) -> u64 {
+        extents as u64 * EXTENT_BYTES
+    }
+}
+
 impl Remote {
-    /// Connects to all sponsors and opens the region on each.
+    /// Connects to all sponsors and opens the region on each. A pager that goes on where another
+    /// ended does with those that answer; the others are `None`.
     ///
     /// # Errors
     /// Any sponsor that cannot be reached or refuses; what was opened is closed again.
     pub(super) fn connect(
         config: &PagerConfig,
+        security: Security,
         layout: &Layout,
-    ) -> Result<(Self, Vec<Lanes>), ApiError> {
-        let peers = config.sponsors.iter().enumerate().map(|(i, sponsor)| Peer {
-            address: sponsor.address.clone(),
-            extents: layout.extents_of(i as u8).collect(),
-            store: Mutex::default(),
-            control: Mutex::default(),
-            status: Mutex::new(Status { up: true, reason: None }),
-            traffic: Traffic::default(),
+        journal: Arc<Journal>,
+    ) -> Result<(Self, Vec<Option<Connected>>), ApiError> {
+        let peers = config.sponsors.iter().enumerate().map(|(i, sponsor)| {
+            let peer = Peer::new(sponsor, layout.extents_of(i as u8).collect());
+            if config.resume {
+                let known = journal.store(i as u8);
+                *lock(&peer.store) = (known != [0; 16]).then(|| StoreId::from_bytes(known));
+                peer.expects_pages.store(true, Ordering::Relaxed);
+            }
+            Arc::new(peer)
         });
         let remote = Self(Arc::new(Inner {
             config: config.clone(),
+            security,
             extent_count: layout.len(),
-            peers: peers.collect(),
+            peers: RwLock::new(peers.collect()),
+            journal,
             stopping: AtomicBool::new(false),
+            fenced: AtomicBool::new(false),
             last_stats: Mutex::default(),
         }));
-        let mut lanes = Vec::new();
+        let mut opened: Vec<Option<Connected>> = Vec::new();
         let mut stores = Vec::new();
-        for (position, peer) in remote.0.peers.iter().enumerate() {
-            let opened = remote.open(position).map_err(|error| sponsor_error(peer, &error));
-            let same_store = opened.is_ok() && stores.contains(&*lock(&peer.store));
-            let outcome = opened.and_then(|(opened, _)| {
-                if same_store {
-                    return Err(ApiError::new(
-                        "same-sponsor",
-                        format!("sponsor {} is one of the others under another name", peer.address),
-                    )
-                    .hint("replicas need sponsors of their own: name each host once"));
-                }
-                Ok(opened)
-            });
+        for position in 0..config.sponsors.len() as u8 {
+            let peer = remote.peer(position);
+            let mut outcome = remote.open(position).map_err(|error| sponsor_error(&peer, &error));
+            let store = *lock(&peer.store);
+            if outcome.is_ok() && stores.contains(&store) {
+                outcome = Err(ApiError::new(
+                    "same-sponsor",
+                    format!("sponsor {} is one of the others under another name", peer.address),
+                )
+                .hint("replicas need sponsors of their own: name each host once"));
+            }
             match outcome {
-                Ok(opened) => {
-                    stores.push(*lock(&peer.store));
-                    lanes.push(opened);
+                Ok((connected, emptied)) => {
+                    stores.push(store);
+                    lock(&peer.status).up = !emptied;
+                    // One that lost its pages is introduced by its keeper, which says so.
+                    opened.push((!emptied).then_some(connected));
+                }
+                Err(error) if config.resume => {
+                    let mut status = lock(&peer.status);
+                    status.up = false;
+                    status.reason = Some(error.to_string());
+                    opened.push(None);
                 }
                 Err(error) => {
-                    remote.close_regions();
+                    remote.close_regions(opened.into_iter().map(|o| o.map(|(c, _)| c)).collect());
                     return Err(error);
                 }
             }
         }
-        Ok((remote, lanes))
+        Ok((remote, opened))
     }
 
-    /// Connects to one sponsor, opens the region there, and returns the data connections and
-    /// whether the sponsor lost pages that it held.
-    fn open(&self, position: usize) -> Result<(Lanes, bool), LinkError> {
-        let (config, peer) = (&self.0.config, &self.0.peers[position]);
-        let connect = |role| Link::connect(&peer.address, role, config.owner);
-        let (mut control, hello) = connect(Role::Control)?;
-        let known = lock(&peer.store).replace(hello.store);
-        let new_store = known.is_some_and(|known| known != hello.store);
+    pub(super) fn peer(&self, position: u8) -> Arc<Peer> {
+        let peers = self.0.peers.read().unwrap_or_else(PoisonError::into_inner);
+        peers[usize::from(position)].clone()
+    }
+
+    pub(super) fn peers(&self) -> Vec<Arc<Peer>> {
+        self.0.peers.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// One more sponsor, which holds nothing yet. Returns its number.
+    ///
+    /// # Errors
+    /// Too many sponsors, or one that is known already.
+    pub(super) fn add(&self, sponsor: &SponsorAddress) -> Result<u8, ApiError> {
+        let mut peers = self.0.peers.write().unwrap_or_else(PoisonError::into_inner);
+        if peers.iter().any(|peer| peer.address == sponsor.address) {
+            let text = format!("{} is a sponsor of this VM already", sponsor.address);
+            return Err(ApiError::new("sponsor-known", text));
+        }
+        if peers.len() == SPONSORS_MAX {
+            let text = format!("a VM has {SPONSORS_MAX} sponsors at the most");
+            return Err(ApiError::new("too-many-sponsors", text));
+        }
+        let peer = Peer::new(sponsor, BTreeSet::new());
+        lock(&peer.status).up = false;
+        peers.push(Arc::new(peer));
+        Ok((peers.len() - 1) as u8)
+    }
+
+    /// Opens the region on one sponsor, or opens it again with the extents that are wanted now.
+    pub(super) fn open_region(&self, control: &mut Link, peer: &Peer) -> Result<u64, LinkError> {
+        let config = &self.0.config;
+        let extents: Vec<ExtentIndex> = lock(&peer.extents).iter().copied().collect();
         let open = Open {
             owner: config.owner,
-            quota_bytes: peer.extents.len() as u64 * EXTENT_BYTES,
+            quota_bytes: Peer::quota_bytes(extents.len()),
             lease_ms: config.lease_ms,
         };
         let header = Header::new(Kind::Open, config.region, config.epoch, 1);
-        encode_open(header, &open, self.0.extent_count, &peer.extents, control.output());
-        let ack = control.request(TIMEOUT, |_, body| match body {
-            Body::OpenAck(ack) => Some(*ack),
+        encode_open(header, &open, self.0.extent_count, &extents, control.output());
+        control.request(TIMEOUT, |_, body| match body {
+            Body::OpenAck(ack) => Some(ack.stored_pages),
             _ => None,
-        })?;
-        *lock(&peer.control) = Some(control);
+        })
+    }
+
+    /// Tells a sponsor which extents it need not hold any longer.
+    pub(super) fn release(
+        &self,
+        control: &mut Link,
+        peer: &Peer,
+        extents: &[ExtentIndex],
+    ) -> Result<(), LinkError> {
+        let config = &self.0.config;
+        let release = Open {
+            owner: config.owner,
+            quota_bytes: Peer::quota_bytes(lock(&peer.extents).len()),
+            lease_ms: config.lease_ms,
+        };
+        let header = Header::new(Kind::Release, config.region, config.epoch, 4);
+        encode_release(header, &release, self.0.extent_count, extents, control.output());
+        control.request(TIMEOUT, |header, _| (header.kind == Kind::ReleaseAck).then_some(()))
+    }
+
+    /// Connects to one sponsor, opens the region there, and returns the connections and whether
+    /// the sponsor lost pages that it held.
+    pub(super) fn open(&self, position: u8) -> Result<(Connected, bool), LinkError> {
+        let (config, peer) = (&self.0.config, self.peer(position));
+        let connect =
+            |role| Link::connect(&peer.address, role, config.owner, &self.0.security);
+        let (mut control, hello) = connect(Role::Control)?;
+        let stored_pages = if lock(&peer.extents).is_empty() {
+            0
+        } else {
+            self.open_region(&mut control, &peer)?
+        };
+        let known = lock(&peer.store).replace(hello.store);
+        let new_store = known.is_some_and(|known| known != hello.store);
+        self.0.journal.set_store(position, hello.store.to_bytes());
         let lanes = Lanes {
             demand: connect(Role::Demand)?.0,
             prefetch: connect(Role::Prefetch)?.0,
             write_back: connect(Role::WriteBack)?.0,
         };
-        let nothing_held =
-            ack.stored_pages == 0 && peer.traffic.pages_stored.load(Ordering::Relaxed) > 0;
-        Ok((lanes, new_store || nothing_held))
+        let expected = peer.expects_pages.load(Ordering::Relaxed)
+            || peer.traffic.pages_stored.load(Ordering::Relaxed) > 0;
+        let emptied = new_store || (stored_pages == 0 && expected);
+        Ok(((control, lanes), emptied))
     }
 
-    pub(super) fn traffic(&self, sponsor: u8) -> &Traffic {
-        &self.0.peers[usize::from(sponsor)].traffic
+    /// Extents of the region that a sponsor need not hold: what it may still have from before.
+    pub(super) fn not_held(&self, peer: &Peer) -> Vec<ExtentIndex> {
+        let held = lock(&peer.extents);
+        (0..self.0.extent_count).map(ExtentIndex).filter(|e| !held.contains(e)).collect()
     }
 
-    pub(super) fn address(&self, sponsor: u8) -> &str {
-        &self.0.peers[usize::from(sponsor)].address
+    /// The engine has dealt with the loss of what a sponsor held.
+    pub(super) fn forget_losses(&self, position: u8) {
+        let peer = self.peer(position);
+        peer.expects_pages.store(false, Ordering::Relaxed);
+        peer.traffic.pages_stored.store(0, Ordering::Relaxed);
     }
 
-    /// Notes that a sponsor cannot be used; the manager tries to get it back.
+    pub(super) fn command(&self, sponsor: u8, command: Command) {
+        let _ = self.peer(sponsor).commands.0.send(command);
+    }
+
+    pub(super) fn address(&self, sponsor: u8) -> String {
+        self.peer(sponsor).address.clone()
+    }
+
+    /// Notes that a sponsor cannot be used; its keeper tries to get it back.
     pub(super) fn mark_down(&self, sponsor: u8, reason: String) {
-        let peer = &self.0.peers[usize::from(sponsor)];
+        let peer = self.peer(sponsor);
         let mut status = lock(&peer.status);
         status.up = false;
         status.reason = Some(reason);
     }
 
     pub(super) fn sponsor_stats(&self) -> Vec<SponsorStats> {
-        let total: usize = self.0.peers.iter().map(|peer| peer.extents.len()).sum();
-        let stats = self.0.peers.iter().map(|peer| {
+        let peers = self.peers();
+        let total: usize = peers.iter().map(|peer| lock(&peer.extents).len()).sum();
+        let stats = peers.iter().map(|peer| {
+            let extents = lock(&peer.extents).len();
             let status = lock(&peer.status);
             SponsorStats {
                 address: peer.address.clone(),
                 up: status.up,
                 down_reason: status.reason.clone(),
-                extents: peer.extents.len() as u32,
-                share: peer.extents.len() as f64 / total.max(1) as f64,
+                leaving: status.leaving,
+                extents: extents as u32,
+                share: extents as f64 / total.max(1) as f64,
                 pages_fetched: peer.traffic.pages_fetched.load(Ordering::Relaxed),
                 pages_stored: peer.traffic.pages_stored.load(Ordering::Relaxed),
                 bytes_received: peer.traffic.bytes_received.load(Ordering::Relaxed),
@@ -206,112 +329,50 @@ impl Remote {
         lock(&self.0.last_stats).take()
     }
 
-    /// Ends the manager thread.
+    /// Ends the keepers.
     pub(super) fn stop(&self) {
         self.0.stopping.store(true, Ordering::Relaxed);
     }
 
+    pub(super) fn is_stopping(&self) -> bool {
+        self.0.stopping.load(Ordering::Relaxed)
+    }
+
+    /// A newer owner has the region. Returns whether that is news.
+    pub(super) fn fence(&self) -> bool {
+        !self.0.fenced.swap(true, Ordering::SeqCst)
+    }
+
+    pub(super) fn is_fenced(&self) -> bool {
+        self.0.fenced.load(Ordering::SeqCst)
+    }
+
     /// Gives up the region on every sponsor that can be reached.
-    pub(super) fn close_regions(&self) {
-        for peer in &self.0.peers {
-            let Some(mut control) = lock(&peer.control).take() else { continue };
-            let config = &self.0.config;
-            Header::new(Kind::Close, config.region, config.epoch, 2).encode_empty(control.output());
-            let closed =
-                control.request(TIMEOUT, |header, _| (header.kind == Kind::CloseAck).then_some(()));
-            if let Err(error) = closed {
-                tracing::warn!(
+    pub(super) fn close_regions(&self, controls: Vec<Option<Link>>) {
+        let config = &self.0.config;
+        for (peer, control) in self.peers().iter().zip(controls) {
+            let connected = match control {
+                Some(control) => Ok(control),
+                None if lock(&peer.extents).is_empty() => continue,
+                None => {
+                    Link::connect(&peer.address, Role::Control, config.owner, &self.0.security)
+                        .map(|(link, _)| link)
+                }
+            };
+            let closed = connected.and_then(|mut control| {
+                let header = Header::new(Kind::Close, config.region, config.epoch, 2);
+                header.encode_empty(control.output());
+                control.request(TIMEOUT, |header, _| (header.kind == Kind::CloseAck).then_some(()))
+            });
+            match closed {
+                Ok(()) => {}
+                Err(LinkError::Refused { status, .. })
+                    if status == heca_types::Status::UnknownRegion => {}
+                Err(error) => tracing::warn!(
                     sponsor = peer.address,
                     "region not closed, its lease will run out: {}",
                     chain(&error)
-                );
-            }
-        }
-    }
-
-    /// The thread that renews leases before they run out. It does nothing else: a sponsor that
-    /// does not answer a connection attempt must not cost the others their leases.
-    pub(super) fn renew_leases(&self, engine: &Sender<Message>, waker: &Waker) {
-        let renew_every = Duration::from_millis(self.0.config.lease_ms / 3);
-        let mut renewed = Instant::now();
-        while !self.0.stopping.load(Ordering::Relaxed) {
-            std::thread::sleep(MANAGER_PERIOD);
-            if renewed.elapsed() >= renew_every {
-                renewed = Instant::now();
-                self.renew_all(engine, waker);
-            }
-        }
-    }
-
-    /// The thread that gets sponsors back.
-    pub(super) fn reconnect(&self, engine: &Sender<Message>, waker: &Waker) {
-        let mut tried = Instant::now();
-        while !self.0.stopping.load(Ordering::Relaxed) {
-            std::thread::sleep(MANAGER_PERIOD);
-            if tried.elapsed() >= Duration::from_millis(RECONNECT_PAUSE_MS) {
-                self.get_back(engine, waker);
-                tried = Instant::now();
-            }
-        }
-    }
-
-    fn renew_all(&self, engine: &Sender<Message>, waker: &Waker) {
-        for (position, peer) in self.0.peers.iter().enumerate() {
-            if !lock(&peer.status).up {
-                continue;
-            }
-            let mut control = lock(&peer.control);
-            let Some(link) = control.as_mut() else {
-                // Up without a way to renew: it has to be opened again.
-                let reason = "the control connection was lost".to_owned();
-                let lost = Message::LinkLost { sponsor: position as u8, reason };
-                if engine.send(lost).is_ok() {
-                    waker.wake();
-                }
-                continue;
-            };
-            let config = &self.0.config;
-            Header::new(Kind::Renew, config.region, config.epoch, 3).encode_empty(link.output());
-            let renewed =
-                link.request(TIMEOUT, |header, _| (header.kind == Kind::RenewAck).then_some(()));
-            if let Err(error) = renewed {
-                *control = None;
-                let reason = format!("lease not renewed: {}", chain(&error));
-                let lost = Message::LinkLost { sponsor: position as u8, reason };
-                if engine.send(lost).is_ok() {
-                    waker.wake();
-                }
-            }
-        }
-    }
-
-    fn get_back(&self, engine: &Sender<Message>, waker: &Waker) {
-        for (position, peer) in self.0.peers.iter().enumerate() {
-            if lock(&peer.status).up || self.0.stopping.load(Ordering::Relaxed) {
-                continue;
-            }
-            match self.open(position) {
-                Ok((lanes, emptied)) => {
-                    if emptied {
-                        tracing::error!(sponsor = peer.address, "sponsor lost the pages it held");
-                    }
-                    tracing::info!(sponsor = peer.address, "sponsor is back");
-                    {
-                        let mut status = lock(&peer.status);
-                        status.up = true;
-                        status.reason = None;
-                    }
-                    let (sponsor, lanes) = (position as u8, Box::new(lanes));
-                    let up = Message::LinksUp { sponsor, lanes, emptied };
-                    if engine.send(up).is_ok() {
-                        waker.wake();
-                    }
-                }
-                Err(error) => {
-                    let reason = chain(&error);
-                    tracing::debug!(sponsor = peer.address, "still down: {reason}");
-                    lock(&peer.status).reason = Some(reason);
-                }
+                ),
             }
         }
     }

@@ -1,0 +1,234 @@
+//! The engine's connections: requests out, replies in, what is late, what is lost.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use heca_core::pager::{Event, FetchClass, FetchError};
+use heca_types::Status;
+
+use super::super::evictor::Job;
+use super::super::lane::{Answer, Asked, ReadLane};
+use super::super::remote::{Lanes, chain};
+use super::{Ask, Context, Engine, SponsorLanes};
+use crate::link::{Link, LinkError};
+
+/// A sponsor from which nothing came for this long while reads wait for it is avoided.
+const SUSPICION: Duration = Duration::from_millis(10);
+
+impl Engine {
+    pub(super) fn take_replies(&mut self) -> bool {
+        let mut busy = false;
+        for sponsor in 0..self.lanes.len() {
+            let Some(mut lanes) = self.lanes[sponsor].take() else { continue };
+            let id = sponsor as u8;
+            let mut outcome = Ok(());
+            for lane in [&mut lanes.demand, &mut lanes.prefetch] {
+                if lane.is_waiting() && outcome.is_ok() {
+                    match lane.receive(|asked, answer| self.take_page(id, asked, answer)) {
+                        Ok(any) => {
+                            busy |= any;
+                            if any {
+                                self.heard[sponsor].0 = Instant::now();
+                            }
+                        }
+                        Err(error) => outcome = Err(error),
+                    }
+                }
+            }
+            self.lanes[sponsor] = Some(lanes);
+            if let Err(error) = outcome {
+                self.lose_link(id, &error);
+            } else if self.heard[sponsor].1 && busy {
+                self.clear_suspicion(id);
+            }
+        }
+        busy
+    }
+
+    /// A connection failed: because a newer owner has the region, or for other reasons.
+    fn lose_link(&mut self, sponsor: u8, error: &LinkError) {
+        match error {
+            LinkError::Refused { status: Status::StaleEpoch, .. } => self.fence(chain(error)),
+            error => self.lose(sponsor, chain(error)),
+        }
+    }
+
+    /// The region is another one's now: nothing may be read or written any more. The process
+    /// stands still at its next fault, which is right: it must not go on in two places.
+    pub(super) fn fence(&mut self, reason: String) {
+        if !self.context.remote.fence() {
+            return;
+        }
+        tracing::error!(vm = self.context.name, "fenced: {reason}");
+        for sponsor in 0..self.lanes.len() as u8 {
+            self.lose(sponsor, reason.clone());
+        }
+        self.fenced = Some(reason);
+    }
+
+    fn clear_suspicion(&mut self, sponsor: u8) {
+        let (heard, suspect) = &mut self.heard[usize::from(sponsor)];
+        if *suspect && heard.elapsed() < SUSPICION {
+            *suspect = false;
+            self.dispatch(Event::SponsorSuspect { sponsor, suspect: false }, None);
+        }
+    }
+
+    /// Has reads that take long asked elsewhere, too, and avoids sponsors that say nothing at all.
+    pub(super) fn look_for_overdue(&mut self, now: Instant) {
+        for position in 0..self.lanes.len() {
+            let sponsor = position as u8;
+            let Some(lanes) = &self.lanes[position] else { continue };
+            let Some(oldest) = lanes.demand.oldest() else { continue };
+            let delay = Duration::from_micros(self.hedge.delay_us(sponsor));
+            let (heard, suspect) = self.heard[position];
+            let silent = now - oldest > SUSPICION.max(delay * 4) && heard < oldest;
+            if silent && !suspect {
+                self.heard[position].1 = true;
+                self.dispatch(Event::SponsorSuspect { sponsor, suspect: true }, None);
+            }
+            let suspect = self.heard[position].1;
+            let Some(since) = now.checked_sub(delay) else { continue };
+            while let Some(lanes) = &mut self.lanes[position] {
+                let overdue = lanes.demand.next_due().is_some_and(|sent| sent < since);
+                if !overdue || !(suspect || self.hedge.may_hedge()) {
+                    break;
+                }
+                let Some(page) = lanes.demand.take_overdue(since) else { break };
+                self.dispatch(Event::Late { page, sponsor }, None);
+            }
+        }
+    }
+
+    /// When the next read in flight becomes overdue.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        let due = |(position, lanes): (usize, &Option<SponsorLanes>)| {
+            let delay = Duration::from_micros(self.hedge.delay_us(position as u8));
+            Some(lanes.as_ref()?.demand.next_due()? + delay)
+        };
+        self.lanes.iter().enumerate().filter_map(due).min()
+    }
+
+    fn take_page(&mut self, sponsor: u8, asked: Asked, answer: Answer<'_>) {
+        let page = asked.page;
+        match answer {
+            Ok(bytes) => {
+                let arrived = Instant::now();
+                let seen = self.seen.get(&page).copied();
+                let version = asked.version;
+                self.hedge.sample(sponsor, (arrived - asked.sent).as_secs_f64() * 1e6);
+                self.dispatch(Event::Fetched { page, version, sponsor }, Some(bytes));
+                let traffic = self.context.remote.traffic(sponsor);
+                traffic.pages_fetched.fetch_add(1, Ordering::Relaxed);
+                if let Some(seen) = seen {
+                    self.statistics.remote_fault(seen, asked.sent, arrived);
+                }
+            }
+            Err(error) => {
+                if error == FetchError::Corrupt {
+                    let sponsor = self.context.remote.address(sponsor);
+                    tracing::error!(%page, sponsor, "page arrived with a wrong checksum");
+                }
+                self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
+            }
+        }
+    }
+
+    /// A sponsor cannot be used any more: the machine hears that first, then what was lost.
+    pub(super) fn lose(&mut self, sponsor: u8, reason: String) {
+        let Some(lanes) = self.lanes[usize::from(sponsor)].take() else { return };
+        tracing::warn!(sponsor = self.context.remote.address(sponsor), "sponsor lost: {reason}");
+        self.count_traffic(sponsor, &lanes);
+        self.dispatch(Event::SponsorDown { sponsor }, None);
+        let _ = self.jobs.send(Job::LinkDown { sponsor });
+        self.evictor_waker.wake();
+        for page in lanes.demand.abandon().chain(lanes.prefetch.abandon()) {
+            let error = FetchError::Lost;
+            self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
+        }
+        self.context.remote.mark_down(sponsor, reason);
+    }
+
+    pub(super) fn gain(&mut self, sponsor: u8, lanes: Lanes, emptied: bool) {
+        if self.fenced.is_some() {
+            return;
+        }
+        let _ = self.jobs.send(Job::LinkUp { sponsor, link: Box::new(lanes.write_back) });
+        let links = (lanes.demand, lanes.prefetch);
+        self.lanes[usize::from(sponsor)] = Some(self.context.lanes(links));
+        self.heard[usize::from(sponsor)] = (Instant::now(), false);
+        if emptied {
+            self.dispatch(Event::SponsorEmptied { sponsor }, None);
+        }
+        self.dispatch(Event::SponsorUp { sponsor }, None);
+    }
+
+    fn count_traffic(&self, sponsor: u8, lanes: &SponsorLanes) {
+        let traffic = self.context.remote.traffic(sponsor);
+        for lane in [&lanes.demand, &lanes.prefetch] {
+            traffic.bytes_received.fetch_add(lane.link.bytes_received, Ordering::Relaxed);
+            traffic.bytes_sent.fetch_add(lane.link.bytes_sent, Ordering::Relaxed);
+        }
+    }
+
+    /// Sends requests and hands batches to the evictor.
+    pub(super) fn flush(&mut self) {
+        self.asks.reverse();
+        while let Some(ask) = self.asks.pop() {
+            let Ask { page, version, sponsor, class } = ask;
+            match (&mut self.lanes[usize::from(sponsor)], class) {
+                (Some(lanes), FetchClass::Demand) => lanes.demand.ask(page, version),
+                (Some(lanes), FetchClass::Prefetch) => lanes.prefetch.ask(page, version),
+                // It was lost since; the machine knows and asks another one.
+                (None, _) => {
+                    let error = FetchError::Lost;
+                    self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
+                }
+            }
+        }
+        for sponsor in 0..self.lanes.len() {
+            let Some(lanes) = &mut self.lanes[sponsor] else { continue };
+            let sent = lanes.demand.flush().and_then(|()| lanes.prefetch.flush());
+            if let Err(error) = sent {
+                self.lose_link(sponsor as u8, &error);
+            }
+        }
+        self.send_jobs();
+    }
+
+    /// Bytes received and sent on the read connections that are open now.
+    pub(super) fn live_bytes(&self) -> (u64, u64) {
+        self.lanes.iter().flatten().fold((0, 0), |(received, sent), lanes| {
+            let links = [&lanes.demand.link, &lanes.prefetch.link];
+            links.iter().fold((received, sent), |(r, s), link| {
+                (r + link.bytes_received, s + link.bytes_sent)
+            })
+        })
+    }
+
+    pub(super) fn look_at_idle_lanes(&mut self) {
+        for sponsor in 0..self.lanes.len() {
+            let Some(lanes) = &mut self.lanes[sponsor] else { continue };
+            let mut outcome: Result<(), LinkError> = Ok(());
+            for lane in [&mut lanes.demand, &mut lanes.prefetch] {
+                if !lane.is_waiting() {
+                    let received = lane.receive(|_, _| {});
+                    outcome = outcome.and(received.map(|_| ()));
+                }
+            }
+            if let Err(error) = outcome {
+                self.lose_link(sponsor as u8, &error);
+            }
+        }
+    }
+}
+
+impl Context {
+    pub(super) fn lanes(&self, (demand, prefetch): (Link, Link)) -> SponsorLanes {
+        let region = (self.region, self.epoch);
+        SponsorLanes {
+            demand: ReadLane::new(demand, region, false, self.seal.clone()),
+            prefetch: ReadLane::new(prefetch, region, true, self.seal.clone()),
+        }
+    }
+}
