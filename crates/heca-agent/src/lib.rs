@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod doctor;
+pub mod fuzz;
 pub mod latency;
 pub mod link;
 pub mod metrics;
