@@ -12,6 +12,7 @@ pub mod latency;
 pub mod link;
 pub mod metrics;
 pub mod pager;
+pub mod pressure;
 pub mod rest;
 pub mod sponsor;
 pub mod store;
