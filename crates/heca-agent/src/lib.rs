@@ -7,10 +7,12 @@
 
 pub mod agent;
 pub mod doctor;
+pub mod fuzz;
 pub mod latency;
 pub mod link;
 pub mod metrics;
 pub mod pager;
+pub mod pressure;
 pub mod rest;
 pub mod sponsor;
 pub mod store;

@@ -7,19 +7,25 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use heca_core::sponsor::{OpenRequest, Refusal};
-use heca_types::limits::{CONNECT_TIMEOUT_MS, CONNECTIONS_MAX, PAGE_BYTES};
-use heca_types::{OwnerId, Status};
+use heca_core::sponsor::{OpenRequest, Refusal, ReleaseRequest};
+use heca_types::limits::{CONNECT_TIMEOUT_MS, CONNECTIONS_MAX};
+use heca_types::{OwnerId, RegionId, Status};
 use heca_wire::{
-    Body, DecodeError, EntryFlags, Header, HelloAck, Kind, OpenAck, PageEntry, PageList, Role,
-    VERSION_MAX, VERSION_MIN, encode_pages, page_checksum,
+    Body, DecodeError, Header, HelloAck, Kind, OpenAck, PageEntry, PageList, Pong, PongFlags, Role,
+    VERSION_MAX, VERSION_MIN, encode_pages,
 };
 
 use crate::latency::LatencyHint;
 use crate::link::{Link, LinkError};
-use crate::store::{Store, StoredRegion};
+use crate::store::Store;
 
-static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+mod pages;
+mod pull;
+
+use pull::Sources;
+
+/// The region of frames that concern no region.
+const NIL: RegionId = RegionId::from_bytes([0; 16]);
 
 /// A connection that was used this recently is polled before it is slept on.
 const HOT: Duration = Duration::from_micros(500);
@@ -31,6 +37,7 @@ pub struct SponsorCounters {
     pub connections: AtomicUsize,
     pub pages_read: AtomicU64,
     pub pages_written: AtomicU64,
+    pub pages_pulled: AtomicU64,
     pub pages_refused: AtomicU64,
     pub frames_refused: AtomicU64,
     pub bytes_received: AtomicU64,
@@ -202,8 +209,7 @@ fn refuse_and_close(link: &mut Link, error: &DecodeError) {
         }
         _ => Status::Malformed,
     };
-    let nil = heca_types::RegionId::from_bytes([0; 16]);
-    Header::new(Kind::Error, nil, heca_types::Epoch(0), 0).encode_error(
+    Header::new(Kind::Error, NIL, heca_types::Epoch(0), 0).encode_error(
         status,
         &error.to_string(),
         link.output(),
@@ -233,6 +239,7 @@ struct Connection<'a> {
     data: Vec<u8>,
     entries: Vec<PageEntry>,
     reply: Vec<u8>,
+    sources: Sources,
 }
 
 fn serve(
@@ -261,6 +268,7 @@ fn serve(
         data: Vec::with_capacity(heca_types::limits::FRAME_PAYLOAD_MAX),
         entries: Vec::with_capacity(heca_types::limits::FRAME_PAGES_MAX),
         reply: Vec::with_capacity(heca_types::limits::FRAME_PAYLOAD_MAX),
+        sources: Sources::new(owner),
     };
     let (mut received, mut sent) = (0, 0);
     loop {
@@ -319,6 +327,15 @@ impl Connection<'_> {
                     header.reply(Kind::CloseAck, Status::Ok).encode_empty(&mut self.reply);
                 })
             }
+            (Kind::Release, Body::Release(request)) if self.role == Role::Control => {
+                self.release(header, request)
+            }
+            (Kind::Ping, _) => self.ping(header),
+            (Kind::Pull, Body::Pull(request))
+                if matches!(self.role, Role::Control | Role::Rebuild) =>
+            {
+                self.pull(header, request)
+            }
             (Kind::Read, Body::Pages(list)) => self.pages(header, list, Kind::ReadReply),
             (Kind::Write, Body::Pages(list)) => self.pages(header, list, Kind::WriteAck),
             (Kind::Discard, Body::Pages(list)) => self.pages(header, list, Kind::DiscardAck),
@@ -341,6 +358,7 @@ impl Connection<'_> {
         header: &Header,
         request: &heca_wire::OpenRequest<'_>,
     ) -> Result<(), Refusal> {
+        self.check_owner(request.open.owner)?;
         let request = OpenRequest {
             region: header.region,
             epoch: header.epoch,
@@ -349,12 +367,75 @@ impl Connection<'_> {
             lease_ms: request.open.lease_ms,
             extents: request.extents().collect(),
         };
-        if request.owner != self.owner {
-            let text = "the connection's hello named another owner".to_owned();
-            return Err(Refusal { status: Status::OwnerMismatch, text });
-        }
         let (lease_ms, stored_pages) = self.store.open_region(&request)?;
         OpenAck { lease_ms, stored_pages }.encode(header, &mut self.reply);
+        Ok(())
+    }
+
+    fn check_owner(&self, owner: OwnerId) -> Result<(), Refusal> {
+        if owner == self.owner {
+            return Ok(());
+        }
+        let text = "the connection's hello named another owner".to_owned();
+        Err(Refusal { status: Status::OwnerMismatch, text })
+    }
+
+    fn release(
+        &mut self,
+        header: &Header,
+        request: &heca_wire::OpenRequest<'_>,
+    ) -> Result<(), Refusal> {
+        self.check_owner(request.open.owner)?;
+        self.store.release_extents(&ReleaseRequest {
+            region: header.region,
+            epoch: header.epoch,
+            owner: request.open.owner,
+            quota_bytes: request.open.quota_bytes,
+            lease_ms: request.open.lease_ms,
+            extents: request.extents().collect(),
+        })?;
+        header.reply(Kind::ReleaseAck, Status::Ok).encode_empty(&mut self.reply);
+        Ok(())
+    }
+
+    /// An owner that names its region learns here that it was fenced off, even if it has nothing
+    /// to read or to write.
+    fn ping(&mut self, header: &Header) -> Result<(), Refusal> {
+        if header.region != NIL {
+            self.store.check(header.region, header.epoch)?;
+        }
+        let mut flags = PongFlags::default();
+        if self.store.is_draining() {
+            flags.0 |= PongFlags::DRAINING.0;
+        }
+        if self.store.is_pressed() {
+            flags.0 |= PongFlags::PRESSED.0;
+        }
+        let usage = self.store.usage();
+        let free_bytes = usage.offer.saturating_sub(usage.reserved);
+        Pong { flags, free_bytes, store: self.store.id() }.encode(header, &mut self.reply);
+        Ok(())
+    }
+
+    fn pull(
+        &mut self,
+        header: &Header,
+        request: &heca_wire::PullRequest<'_>,
+    ) -> Result<(), Refusal> {
+        self.entries.clear();
+        let answers = self.sources.pull(self.store, header, request)?;
+        let refused = answers.iter().filter(|answer| answer.is_err()).count() as u64;
+        for (entry, answer) in request.entries.iter().zip(answers) {
+            self.entries.push(answer.map_or_else(
+                |refusal| pages::refused(entry, &refusal),
+                |()| pages::acknowledged(entry),
+            ));
+        }
+        let count = self.entries.len() as u64;
+        self.counters.pages_pulled.fetch_add(count - refused, Ordering::Relaxed);
+        self.counters.pages_refused.fetch_add(refused, Ordering::Relaxed);
+        let header = header.reply(Kind::PullAck, Status::Ok);
+        encode_pages(header, &self.entries, &[], &mut self.reply);
         Ok(())
     }
 
@@ -365,15 +446,12 @@ impl Connection<'_> {
         store.with_region(header.region, header.epoch, |region| {
             for (entry, bytes) in list.iter() {
                 let answer = match header.kind {
-                    Kind::Read => read(region, entry, data),
-                    Kind::Write => write(store, region, header, entry, bytes),
+                    Kind::Read => pages::read(region, entry, data),
+                    Kind::Write => pages::write(store, region, header, entry, bytes),
                     Kind::Discard => store.discard(region, entry.page()).map(|()| *entry),
-                    _ => stat(region, entry),
+                    _ => pages::stat(region, entry),
                 };
-                entries.push(answer.unwrap_or_else(|refusal| {
-                    tracing::debug!(page = entry.page().0, "refused: {refusal}");
-                    entry.with_flags(EntryFlags::ABSENT).with_status(refusal.status)
-                }));
+                entries.push(answer.unwrap_or_else(|refusal| pages::refused(entry, &refusal)));
             }
             Ok(())
         })?;
@@ -389,59 +467,4 @@ impl Connection<'_> {
         encode_pages(header, &self.entries, &self.data, &mut self.reply);
         Ok(())
     }
-}
-
-fn stat(region: &StoredRegion, entry: &PageEntry) -> Result<PageEntry, Refusal> {
-    let meta = region.stat(entry.page())?;
-    let flags = match meta {
-        meta if !meta.is_present() => EntryFlags::ABSENT,
-        meta if meta.is_zero() => EntryFlags::ZERO,
-        _ => EntryFlags::default(),
-    };
-    Ok(PageEntry::new(entry.page(), heca_types::PageVersion(meta.version))
-        .with_checksum(meta.checksum)
-        .with_flags(flags))
-}
-
-/// A read names the version it wants: an older or newer one does not help the reader.
-fn read(
-    region: &StoredRegion,
-    entry: &PageEntry,
-    data: &mut Vec<u8>,
-) -> Result<PageEntry, Refusal> {
-    let meta = region.read(entry.page(), entry.version(), data)?;
-    let version = heca_types::PageVersion(meta.version);
-    let answer = PageEntry::new(entry.page(), version).with_checksum(meta.checksum);
-    Ok(if !meta.is_present() || version != entry.version() {
-        answer.with_flags(EntryFlags::ABSENT)
-    } else if meta.is_zero() {
-        answer.with_flags(EntryFlags::ZERO)
-    } else {
-        answer
-    })
-}
-
-fn write(
-    store: &Store,
-    region: &StoredRegion,
-    header: &Header,
-    entry: &PageEntry,
-    bytes: Option<&[u8]>,
-) -> Result<PageEntry, Refusal> {
-    let (page, version) = (entry.page(), entry.version());
-    let content = match bytes {
-        Some(bytes) => bytes,
-        None if entry.flags() == EntryFlags::ZERO => &ZERO_PAGE,
-        None => {
-            let text = format!("{page}: a write needs content");
-            return Err(Refusal { status: Status::Malformed, text });
-        }
-    };
-    if page_checksum(page, version, content) != entry.checksum() {
-        let text = format!("{page} arrived with bytes that do not match its checksum");
-        return Err(Refusal { status: Status::ChecksumMismatch, text });
-    }
-    store.write(region, header.epoch, page, (version, entry.checksum()), bytes)?;
-    // An acknowledgement carries no data: the flag says so to the decoder's size rule.
-    Ok(entry.with_flags(EntryFlags::default()))
 }

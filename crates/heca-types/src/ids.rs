@@ -96,7 +96,7 @@ macro_rules! uuid_newtype {
 
             /// Reads the id from its 16 bytes on the wire.
             #[must_use]
-            pub fn from_bytes(bytes: [u8; 16]) -> Self {
+            pub const fn from_bytes(bytes: [u8; 16]) -> Self {
                 Self(Uuid::from_bytes(bytes))
             }
         }
