@@ -53,6 +53,27 @@ pub fn userfaultfd(pid: i32) -> io::Result<Attached> {
     Ok(Attached { uffd, remote_fd, stopped })
 }
 
+/// Takes a duplicate of the userfaultfd that [`userfaultfd`] left in a process, for a pager that goes
+/// on where another ended. The process is not stopped.
+///
+/// # Errors
+/// `EBADF` if the process has no such descriptor; `InvalidData` if it is something else.
+pub fn userfaultfd_again(pid: i32, remote_fd: i32) -> io::Result<Userfaultfd> {
+    let pidfd = open_pidfd(pid)?;
+    if !is_userfaultfd(pid, remote_fd) {
+        let text = format!("descriptor {remote_fd} of process {pid} is not a userfaultfd");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok(Userfaultfd::from(take_fd(pidfd.as_fd(), remote_fd)?))
+}
+
+/// Whether this descriptor of a process is a userfaultfd.
+#[must_use]
+pub fn is_userfaultfd(pid: i32, fd: i32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/fd/{fd}"))
+        .is_ok_and(|name| name.as_os_str() == "anon_inode:[userfaultfd]")
+}
+
 /// For a process that may not call `userfaultfd`: hands it an open `/dev/userfaultfd` over a
 /// socket pair of its own and has it ask that for a userfaultfd.
 fn through_device(tracee: &mut Tracee, pidfd: &OwnedFd) -> io::Result<i32> {

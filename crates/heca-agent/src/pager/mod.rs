@@ -22,34 +22,32 @@ mod start;
 mod statistics;
 mod waker;
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use heca_api::{ApiError, EvictionChoice, PagerStats, SponsorAddress};
-use heca_core::pager::{Config, Protection};
-use heca_core::placement::Layout;
 use heca_sys::attach;
 use heca_sys::pagemap::Pagemap;
-use heca_sys::uffd::{Features, Modes, Userfaultfd};
-use heca_types::limits::{BUDGET_PAGES_MIN, EXTENT_PAGES, PAGE_BYTES, REGION_BYTES_MAX};
-use heca_types::{ByteSize, Epoch, OwnerId, PageIndex, RegionId};
-use rustix::fs::SeekFrom;
+use heca_sys::uffd::Userfaultfd;
+use heca_types::limits::{BUDGET_PAGES_MIN, PAGE_BYTES};
+use heca_types::{ByteSize, Epoch, OwnerId, RegionId};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use preflight::swap_is_on;
 pub use server::serve;
 pub use start::{journal_path, start};
 
-use engine::{Engine, Message};
-use evictor::{Evictor, Unmapper};
+use engine::Message;
+use keeper::{Keeper, Mailbox};
 use preflight::Target;
-use remote::Remote;
+use remote::{Remote, lock};
 use waker::Waker;
+
+use crate::link::Link;
 
 /// What a pager needs to know.
 #[derive(Debug, Clone, Serialize, Deserialize)]

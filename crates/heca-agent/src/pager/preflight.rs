@@ -215,6 +215,16 @@ pub(crate) fn swap_is_on() -> bool {
     fs::read_to_string("/proc/swaps").is_ok_and(|text| text.lines().count() > 1)
 }
 
+/// How a pager that goes on where another ended may take pages: the way in which writes are tracked
+/// cannot be changed any more.
+pub(super) fn same_protection(choice: EvictionChoice, write_protect: bool) -> EvictionChoice {
+    match (write_protect, choice) {
+        (true, _) => EvictionChoice::WriteProtect,
+        (false, EvictionChoice::WriteProtect) => EvictionChoice::Auto,
+        (false, choice) => choice,
+    }
+}
+
 /// Chooses how pages are taken from the guest: the best way that works here, or the way asked
 /// for.
 pub(super) fn choose_unmapper(

@@ -91,6 +91,11 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
     journal.set_epoch(config.epoch.0);
     let (unmapper, method) = preflight::choose_unmapper(eviction, config.pid, features)?;
     let protection = unmapper.protection();
+    let was_write_protect = journal.number(WRITE_PROTECT) == 1;
+    if config.resume && was_write_protect != (protection == Protection::WriteProtect) {
+        let text = "pages can no longer be taken from the guest as the former pager did";
+        return Err(ApiError::new("eviction-unusable", text).hint("turn swap off: `swapoff -a`"));
+    }
     journal.set_number(WRITE_PROTECT, u64::from(protection == Protection::WriteProtect));
     if !config.resume {
         journal.set_number(BUDGET_PAGES, budget_pages);
