@@ -12,6 +12,7 @@ pub mod link;
 pub mod metrics;
 pub mod pager;
 pub mod rest;
+pub mod seal;
 pub mod sponsor;
 pub mod store;
 pub mod vm;
