@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod pager;
 pub mod pressure;
 pub mod rest;
+pub mod seal;
 pub mod sponsor;
 pub mod store;
 pub mod vm;
