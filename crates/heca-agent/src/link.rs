@@ -1,10 +1,13 @@
 //! A connection that carries frames of the page protocol, from the pager's side or the sponsor's.
 
-use std::io::{self, IoSlice, Read};
+use std::io::{self, IoSlice};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use heca_api::ApiError;
+use heca_pki::{Channel, HostIdentity, TlsContext};
 use heca_types::limits::{CONNECT_TIMEOUT_MS, FRAME_PAYLOAD_MAX, SILENCE_TIMEOUT_MS};
 use heca_types::{OwnerId, Status};
 use heca_wire::{
@@ -12,11 +15,46 @@ use heca_wire::{
     decode_body,
 };
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
+use rustix::net::sockopt;
 use rustix::time::Timespec;
 
 /// Room for a whole frame and the beginning of the next.
 const BUFFER_BYTES: usize = HEADER_BYTES + FRAME_PAYLOAD_MAX + 64 * 1024;
+
+/// Whether connections carry TLS.
+#[derive(Debug, Clone, Default)]
+pub enum Security {
+    /// Nobody is authenticated and nothing is encrypted: for tests on one machine.
+    #[default]
+    Plaintext,
+    /// TLS 1.3, both sides authenticated by a certificate of the pool.
+    Tls(TlsContext),
+}
+
+impl Security {
+    /// That of a host with its identity in `dir`; plaintext without one.
+    ///
+    /// # Errors
+    /// An identity that cannot be used.
+    pub fn load(dir: Option<&Path>) -> Result<Self, ApiError> {
+        let Some(dir) = dir else { return Ok(Self::Plaintext) };
+        let tls = HostIdentity::load(dir).and_then(|identity| TlsContext::new(&identity));
+        tls.map(Self::Tls).map_err(|error| {
+            ApiError::new("bad-identity", format!("cannot use the identity in {}", dir.display()))
+                .detail(error.to_string())
+                .hint("join the pool with `heca host join TOKEN`")
+        })
+    }
+
+    /// Reads the identity again: it was renewed, or others were revoked.
+    pub fn reload(&self) {
+        if let Self::Tls(tls) = self
+            && let Err(error) = tls.reload()
+        {
+            tracing::error!("identity not read again: {error}");
+        }
+    }
+}
 
 /// Why a connection is of no more use.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +94,7 @@ pub enum LinkError {
 /// A frame connection with buffers of its own.
 #[derive(Debug)]
 pub struct Link {
-    stream: TcpStream,
+    channel: Channel,
     input: Vec<u8>,
     start: usize,
     end: usize,
@@ -69,19 +107,29 @@ pub struct Link {
 }
 
 impl Link {
-    /// Wraps a connected stream.
+    /// Wraps a stream that a peer connected, after a handshake if TLS is wanted.
     ///
     /// # Errors
-    /// Those of setting socket options.
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
+    /// Those of setting socket options and of the handshake.
+    pub fn accept(stream: TcpStream, security: &Security) -> io::Result<Self> {
+        let timeout = Duration::from_millis(CONNECT_TIMEOUT_MS);
+        let channel = match security {
+            Security::Plaintext => Channel::plain(stream),
+            Security::Tls(tls) => Channel::accept(stream, tls, timeout)?,
+        };
+        Self::new(channel)
+    }
+
+    fn new(channel: Channel) -> io::Result<Self> {
+        let stream = channel.stream();
         stream.set_nodelay(true)?;
         // A peer host that vanishes is noticed by its missing acknowledgements.
-        sockopt::set_tcp_user_timeout(&stream, SILENCE_TIMEOUT_MS as u32)?;
-        sockopt::set_socket_keepalive(&stream, true)?;
-        sockopt::set_tcp_keepidle(&stream, Duration::from_secs(2))?;
-        sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(1))?;
+        sockopt::set_tcp_user_timeout(stream, SILENCE_TIMEOUT_MS as u32)?;
+        sockopt::set_socket_keepalive(stream, true)?;
+        sockopt::set_tcp_keepidle(stream, Duration::from_secs(2))?;
+        sockopt::set_tcp_keepintvl(stream, Duration::from_secs(1))?;
         Ok(Self {
-            stream,
+            channel,
             input: vec![0; BUFFER_BYTES],
             start: 0,
             end: 0,
@@ -100,6 +148,7 @@ impl Link {
         address: &str,
         role: Role,
         owner: OwnerId,
+        security: &Security,
     ) -> Result<(Self, HelloAck), LinkError> {
         let timeout = Duration::from_millis(CONNECT_TIMEOUT_MS);
         let unknown = || LinkError::Address { address: address.to_owned() };
@@ -109,7 +158,11 @@ impl Link {
         for address in addresses {
             match TcpStream::connect_timeout(&address, timeout) {
                 Ok(stream) => {
-                    let mut link = Self::new(stream)?;
+                    let channel = match security {
+                        Security::Plaintext => Channel::plain(stream),
+                        Security::Tls(tls) => Channel::connect(stream, tls, timeout)?,
+                    };
+                    let mut link = Self::new(channel)?;
                     let hello =
                         Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, role, owner };
                     hello.encode(link.output());
@@ -136,7 +189,7 @@ impl Link {
     /// Whether frames wait to be sent.
     #[must_use]
     pub fn has_output(&self) -> bool {
-        self.sent < self.output.len()
+        self.sent < self.output.len() || self.channel.has_buffered_output()
     }
 
     /// Sends what the socket takes without blocking. Returns whether everything is sent.
@@ -145,7 +198,7 @@ impl Link {
     /// See [`LinkError`].
     pub fn flush(&mut self) -> Result<bool, LinkError> {
         while self.sent < self.output.len() {
-            match self.send_now(self.sent) {
+            match self.channel.send(&self.output[self.sent..]) {
                 Ok(n) => {
                     self.sent += n;
                     self.bytes_sent += n as u64;
@@ -157,12 +210,7 @@ impl Link {
         }
         self.output.clear();
         self.sent = 0;
-        Ok(true)
-    }
-
-    fn send_now(&mut self, from: usize) -> io::Result<usize> {
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        Ok(rustix::net::send(&self.stream, &self.output[from..], flags)?)
+        Ok(self.channel.flush()?)
     }
 
     /// Sends everything, waiting for the socket as long as the peer takes something now and then.
@@ -175,7 +223,7 @@ impl Link {
                 tv_sec: (SILENCE_TIMEOUT_MS / 1000) as i64,
                 tv_nsec: (SILENCE_TIMEOUT_MS % 1000 * 1_000_000) as i64,
             };
-            let mut fds = [PollFd::from_borrowed_fd(self.stream.as_fd(), PollFlags::OUT)];
+            let mut fds = [PollFd::from_borrowed_fd(self.channel.as_fd(), PollFlags::OUT)];
             if poll(&mut fds, Some(&timeout)).map_err(io::Error::from)? == 0 {
                 return Err(io::Error::from(io::ErrorKind::TimedOut).into());
             }
@@ -192,7 +240,7 @@ impl Link {
         let mut parts = parts;
         if self.flush()? {
             while !parts.is_empty() {
-                match self.send_vectored_now(parts) {
+                match self.channel.send_vectored(parts) {
                     Ok(n) => {
                         self.bytes_sent += n as u64;
                         IoSlice::advance_slices(&mut parts, n);
@@ -209,19 +257,13 @@ impl Link {
         Ok(())
     }
 
-    fn send_vectored_now(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        let mut control = SendAncillaryBuffer::default();
-        Ok(sendmsg(&self.stream, parts, &mut control, flags)?)
-    }
-
     /// Limits how long a blocking send or receive may wait.
     ///
     /// # Errors
     /// Those of setting socket options.
     pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.stream.set_read_timeout(timeout)?;
-        self.stream.set_write_timeout(timeout)
+        self.channel.stream().set_read_timeout(timeout)?;
+        self.channel.stream().set_write_timeout(timeout)
     }
 
     fn compact(&mut self) {
@@ -240,17 +282,28 @@ impl Link {
     /// See [`LinkError`].
     pub fn receive(&mut self) -> Result<bool, LinkError> {
         self.compact();
-        let room = &mut self.input[self.end..];
-        match rustix::net::recv(&self.stream, room, RecvFlags::DONTWAIT) {
-            Ok((0, _)) => Err(LinkError::Closed),
-            Ok((n, _)) => {
-                self.end += n;
-                self.bytes_received += n as u64;
-                Ok(true)
+        let mut any = false;
+        while self.end < self.input.len() {
+            match self.channel.recv(&mut self.input[self.end..]) {
+                // What came before is looked at first; the next call says it again.
+                Ok(0) if any => break,
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => {
+                    self.end += n;
+                    self.bytes_received += n as u64;
+                    any = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => break,
+                Err(_) if any => break,
+                Err(error) => return Err(error.into()),
             }
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(false),
-            Err(error) => Err(io::Error::from(error).into()),
+            // What TLS holds back is not seen by a poll of the socket.
+            if !self.channel.has_buffered_input() {
+                break;
+            }
         }
+        Ok(any)
     }
 
     /// Takes in bytes, waiting for some.
@@ -260,7 +313,7 @@ impl Link {
     pub fn receive_blocking(&mut self) -> Result<(), LinkError> {
         self.compact();
         let n = loop {
-            match self.stream.read(&mut self.input[self.end..]) {
+            match self.channel.recv_blocking(&mut self.input[self.end..]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other?,
             }
@@ -324,7 +377,7 @@ impl Link {
             if left.is_zero() {
                 return Err(io::Error::from(io::ErrorKind::TimedOut).into());
             }
-            self.stream.set_read_timeout(Some(left))?;
+            self.channel.stream().set_read_timeout(Some(left))?;
             if let Some((header, body)) = self.next_frame()? {
                 if let Body::Error(text) = body {
                     let text = text.to_owned();
@@ -358,14 +411,25 @@ impl Link {
         self.receive_blocking()
     }
 
+    /// Whether the peer would still be let in.
+    ///
+    /// # Errors
+    /// A certificate that expired, or was revoked.
+    pub fn recheck(&self, security: &Security) -> io::Result<()> {
+        match security {
+            Security::Plaintext => Ok(()),
+            Security::Tls(tls) => self.channel.recheck(tls),
+        }
+    }
+
     /// Ends the connection; whoever waits on it wakes up.
     pub fn shut_down(&self) {
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let _ = self.channel.stream().shutdown(std::net::Shutdown::Both);
     }
 }
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
+        self.channel.as_fd()
     }
 }

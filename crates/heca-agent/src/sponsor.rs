@@ -16,7 +16,7 @@ use heca_wire::{
 };
 
 use crate::latency::LatencyHint;
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Security};
 use crate::store::Store;
 
 mod pages;
@@ -26,6 +26,9 @@ use pull::Sources;
 
 /// The region of frames that concern no region.
 const NIL: RegionId = RegionId::from_bytes([0; 16]);
+
+/// How often the peer of a connection is looked up among the revoked.
+const RECHECK: Duration = Duration::from_secs(5);
 
 /// A connection that was used this recently is polled before it is slept on.
 const HOT: Duration = Duration::from_micros(500);
@@ -63,7 +66,12 @@ impl SponsorServer {
     ///
     /// # Errors
     /// Those of listening and of starting threads.
-    pub fn start(store: Store, address: &str, spin: Duration) -> io::Result<Self> {
+    pub fn start(
+        store: Store,
+        address: &str,
+        spin: Duration,
+        security: Security,
+    ) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         let server = Self {
             store: Arc::new(store),
@@ -80,6 +88,7 @@ impl SponsorServer {
             streams: server.streams.clone(),
             hint,
             spin,
+            security,
         };
         std::thread::Builder::new()
             .name("sponsor-accept".into())
@@ -141,6 +150,7 @@ struct Acceptor {
     streams: Streams,
     hint: LatencyHint,
     spin: Duration,
+    security: Security,
 }
 
 impl Acceptor {
@@ -184,7 +194,7 @@ impl Acceptor {
 
     fn serve(&self, id: u64, stream: TcpStream) {
         let peer = stream.peer_addr();
-        match serve(stream, &self.store, &self.counters, &self.hint, self.spin) {
+        match serve(stream, &self.store, &self.counters, &self.hint, self.spin, &self.security) {
             Ok(()) => {}
             Err(error @ (LinkError::Closed | LinkError::Io(_))) => {
                 tracing::debug!(?peer, "connection ended: {error}");
@@ -248,8 +258,9 @@ fn serve(
     counters: &SponsorCounters,
     hint: &LatencyHint,
     spin: Duration,
+    security: &Security,
 ) -> Result<(), LinkError> {
-    let mut link = Link::new(stream)?;
+    let mut link = Link::accept(stream, security)?;
     link.set_timeout(Some(Duration::from_millis(CONNECT_TIMEOUT_MS)))?;
     let mut last = Instant::now();
     let (owner, role) = match greet(&mut link, store, &mut last) {
@@ -268,9 +279,10 @@ fn serve(
         data: Vec::with_capacity(heca_types::limits::FRAME_PAYLOAD_MAX),
         entries: Vec::with_capacity(heca_types::limits::FRAME_PAGES_MAX),
         reply: Vec::with_capacity(heca_types::limits::FRAME_PAYLOAD_MAX),
-        sources: Sources::new(owner),
+        sources: Sources::new(owner, security.clone()),
     };
     let (mut received, mut sent) = (0, 0);
+    let mut checked = Instant::now();
     loop {
         let outcome = match next_request(&mut link, spin, &mut last) {
             Ok((header, body)) => connection.answer(&header, &body),
@@ -281,6 +293,11 @@ fn serve(
             refuse_and_close(&mut link, error);
         }
         outcome?;
+        // The peer may have been revoked since.
+        if checked.elapsed() >= RECHECK {
+            link.recheck(security)?;
+            checked = Instant::now();
+        }
         std::mem::swap(link.output(), &mut connection.reply);
         connection.reply.clear();
         link.flush_blocking()?;

@@ -384,7 +384,8 @@ impl Evictor {
             traffic
                 .bytes_received
                 .fetch_add(std::mem::take(&mut lane.link.bytes_received), Ordering::Relaxed);
-            let flushed = if lane.link.has_output() { lane.link.flush().map(|_| ()) } else { Ok(()) };
+            let flushed =
+                if lane.link.has_output() { lane.link.flush().map(|_| ()) } else { Ok(()) };
             busy |= !events.is_empty();
             self.report(events);
             if let Err(error) = outcome.and(flushed) {

@@ -14,11 +14,13 @@ use heca_wire::{Body, Header, Kind, Pong, PongFlags};
 use std::sync::Arc;
 
 use super::engine::Message;
-use super::remote::{Command, Remote, TIMEOUT, chain, lock};
+use super::remote::{Command, Remote, TIMEOUT, chain, is_fenced, lock};
 use super::waker::Waker;
 use crate::link::{Link, LinkError};
 
 const HEARTBEAT: Duration = Duration::from_millis(HEARTBEAT_MS);
+/// How often the identity is read again, and the peer looked up among the revoked.
+const RECHECK: Duration = Duration::from_secs(30);
 /// How often a keeper without a connection looks around.
 const IDLE: Duration = Duration::from_millis(20);
 
@@ -43,6 +45,7 @@ pub(super) struct Keeper {
     control: Option<Link>,
     engine: Mailbox,
     renewed: Instant,
+    checked: Instant,
     tried: Instant,
     /// Since when the sponsor is away; `None` once its loss was told.
     away_since: Option<Instant>,
@@ -62,6 +65,7 @@ impl Keeper {
             control,
             engine,
             renewed: now,
+            checked: now,
             // The first attempt of one that is away comes at once.
             tried: now.checked_sub(Duration::from_secs(60)).unwrap_or(now),
             away_since: Some(now),
@@ -120,16 +124,23 @@ impl Keeper {
         let config = &self.remote.0.config;
         let peer = self.remote.peer(self.position);
         let idle = lock(&peer.extents).is_empty();
-        let region =
-            if idle { heca_types::RegionId::from_bytes([0; 16]) } else { config.region };
+        let region = if idle { heca_types::RegionId::from_bytes([0; 16]) } else { config.region };
         Header::new(Kind::Ping, region, config.epoch, 5).encode_empty(link.output());
         let timeout = Duration::from_millis(config.detect_ms);
+        if self.checked.elapsed() >= RECHECK {
+            self.checked = Instant::now();
+            // The agent renews the identity and fetches who was revoked.
+            if self.position == 0 {
+                self.remote.0.security.reload();
+            }
+            link.recheck(&self.remote.0.security)?;
+        }
         let pong: Pong = link.request(timeout, |_, body| match body {
             Body::Pong(pong) => Some(*pong),
             _ => None,
         })?;
-        let leaving = pong.flags.contains(PongFlags::DRAINING)
-            || pong.flags.contains(PongFlags::PRESSED);
+        let leaving =
+            pong.flags.contains(PongFlags::DRAINING) || pong.flags.contains(PongFlags::PRESSED);
         let changed = {
             let mut status = lock(&peer.status);
             std::mem::replace(&mut status.leaving, leaving) != leaving
@@ -242,8 +253,4 @@ impl Keeper {
         }
         self.tried = Instant::now();
     }
-}
-
-fn is_fenced(error: &LinkError) -> bool {
-    matches!(error, LinkError::Refused { status: Status::StaleEpoch, .. })
 }

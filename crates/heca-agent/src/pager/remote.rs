@@ -149,14 +149,16 @@ impl Remote {
         let mut stores = Vec::new();
         for position in 0..config.sponsors.len() as u8 {
             let peer = remote.peer(position);
-            let mut outcome = remote.open(position).map_err(|error| sponsor_error(&peer, &error));
+            // A newer owner is no reason to try again later.
+            let mut outcome = remote
+                .open(position)
+                .map_err(|error| (sponsor_error(&peer, &error), is_fenced(&error)));
             let store = *lock(&peer.store);
             if outcome.is_ok() && stores.contains(&store) {
-                outcome = Err(ApiError::new(
-                    "same-sponsor",
-                    format!("sponsor {} is one of the others under another name", peer.address),
-                )
-                .hint("replicas need sponsors of their own: name each host once"));
+                let text =
+                    format!("sponsor {} is one of the others under another name", peer.address);
+                let hint = "replicas need sponsors of their own: name each host once";
+                outcome = Err((ApiError::new("same-sponsor", text).hint(hint), true));
             }
             match outcome {
                 Ok((connected, emptied)) => {
@@ -165,13 +167,13 @@ impl Remote {
                     // One that lost its pages is introduced by its keeper, which says so.
                     opened.push((!emptied).then_some(connected));
                 }
-                Err(error) if config.resume => {
+                Err((error, false)) if config.resume => {
                     let mut status = lock(&peer.status);
                     status.up = false;
                     status.reason = Some(error.to_string());
                     opened.push(None);
                 }
-                Err(error) => {
+                Err((error, _)) => {
                     remote.close_regions(opened.into_iter().map(|o| o.map(|(c, _)| c)).collect());
                     return Err(error);
                 }
@@ -248,14 +250,10 @@ impl Remote {
     /// the sponsor lost pages that it held.
     pub(super) fn open(&self, position: u8) -> Result<(Connected, bool), LinkError> {
         let (config, peer) = (&self.0.config, self.peer(position));
-        let connect =
-            |role| Link::connect(&peer.address, role, config.owner, &self.0.security);
+        let connect = |role| Link::connect(&peer.address, role, config.owner, &self.0.security);
         let (mut control, hello) = connect(Role::Control)?;
-        let stored_pages = if lock(&peer.extents).is_empty() {
-            0
-        } else {
-            self.open_region(&mut control, &peer)?
-        };
+        let stored_pages =
+            if lock(&peer.extents).is_empty() { 0 } else { self.open_region(&mut control, &peer)? };
         let known = lock(&peer.store).replace(hello.store);
         let new_store = known.is_some_and(|known| known != hello.store);
         self.0.journal.set_store(position, hello.store.to_bytes());
@@ -266,7 +264,8 @@ impl Remote {
         };
         let expected = peer.expects_pages.load(Ordering::Relaxed)
             || peer.traffic.pages_stored.load(Ordering::Relaxed) > 0;
-        let emptied = new_store || (stored_pages == 0 && expected);
+        let holds_some = !lock(&peer.extents).is_empty();
+        let emptied = holds_some && (new_store || (stored_pages == 0 && expected));
         Ok(((control, lanes), emptied))
     }
 
@@ -354,10 +353,8 @@ impl Remote {
             let connected = match control {
                 Some(control) => Ok(control),
                 None if lock(&peer.extents).is_empty() => continue,
-                None => {
-                    Link::connect(&peer.address, Role::Control, config.owner, &self.0.security)
-                        .map(|(link, _)| link)
-                }
+                None => Link::connect(&peer.address, Role::Control, config.owner, &self.0.security)
+                    .map(|(link, _)| link),
             };
             let closed = connected.and_then(|mut control| {
                 let header = Header::new(Kind::Close, config.region, config.epoch, 2);
@@ -376,6 +373,11 @@ impl Remote {
             }
         }
     }
+}
+
+/// Whether a refusal says that the region has a newer owner.
+pub(super) fn is_fenced(error: &LinkError) -> bool {
+    matches!(error, LinkError::Refused { status: heca_types::Status::StaleEpoch, .. })
 }
 
 fn sponsor_error(peer: &Peer, error: &LinkError) -> ApiError {

@@ -120,8 +120,7 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
             })?;
         }
     }
-    let (remote, opened) =
-        Remote::connect(&config, security, core.layout(), journal.clone())?;
+    let (remote, opened) = Remote::connect(&config, security, core.layout(), journal.clone())?;
     let setup = Setup {
         config: &config,
         target,
@@ -150,7 +149,8 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
 
 /// A journal of a pager that ended while its process lives must not be overwritten.
 fn refuse_living_journal(config: &PagerConfig, path: &Path) -> Result<(), ApiError> {
-    let Some((pid, fd)) = Journal::peek(path, &[OWNER_PID, REMOTE_FD]) else { return Ok(()) };
+    let Some(words) = Journal::peek(path) else { return Ok(()) };
+    let (pid, fd) = (words[OWNER_PID], words[REMOTE_FD]);
     let is_ours = pid == config.pid as u64 && attach::is_userfaultfd(config.pid, fd as i32);
     if !is_ours {
         return Ok(());
@@ -247,7 +247,8 @@ fn run(
         .map_err(|error| io_error("look for pages in the RAM file", &error))?;
     let pidfd = heca_sys::process::open_pidfd(config.pid)
         .map_err(|error| io_error("watch the process", &error))?;
-    let eventfd = || Waker::new().map(Arc::new).map_err(|error| io_error("make an eventfd", &error));
+    let eventfd =
+        || Waker::new().map(Arc::new).map_err(|error| io_error("make an eventfd", &error));
     let (waker, evictor_waker) = (eventfd()?, eventfd()?);
     let (messages, inbox) = unbounded();
     let (jobs, jobs_inbox) = unbounded();
@@ -302,7 +303,8 @@ fn run(
     )
     .map_err(|error| io_error("start the engine", &error))?;
     let rebuilder = Rebuilder::new(remote.clone(), pulls_inbox, mailbox.clone());
-    let (threads, ended) = start_threads(engine, evictor, rebuilder).inspect_err(|_| remote.stop())?;
+    let (threads, ended) =
+        start_threads(engine, evictor, rebuilder).inspect_err(|_| remote.stop())?;
     let handle = PagerHandle {
         messages,
         waker,
@@ -395,12 +397,7 @@ fn register(
 
 /// Pages that have content already are resident; those that have none and were stored by a former
 /// pager are remote. Called after registration: whatever appears later comes through the pager.
-fn adopt_pages(
-    ram: &File,
-    pages: u64,
-    journal: &Journal,
-    core: &mut Pager,
-) -> std::io::Result<()> {
+fn adopt_pages(ram: &File, pages: u64, journal: &Journal, core: &mut Pager) -> std::io::Result<()> {
     if let Some(page) = journal.filling() {
         // Perhaps written half. Nobody has seen it: it was not mapped yet.
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

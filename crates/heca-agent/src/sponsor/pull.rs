@@ -11,15 +11,15 @@ use heca_wire::{
 };
 
 use super::pages::store_entry;
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Security};
 use crate::store::{Store, StoredRegion};
 
 /// A page that a source answered with, and its bytes unless it is all zeros.
 type Page = (PageEntry, Option<Box<[u8]>>);
 
 /// Connects to a sponsor that pages are copied from. The one place where such connections begin.
-fn connect_source(address: &str, owner: OwnerId) -> Result<Link, LinkError> {
-    Link::connect(address, Role::Rebuild, owner).map(|(link, _)| link)
+fn connect_source(address: &str, owner: OwnerId, security: &Security) -> Result<Link, LinkError> {
+    Link::connect(address, Role::Rebuild, owner, security).map(|(link, _)| link)
 }
 
 fn unavailable(text: String) -> Refusal {
@@ -29,6 +29,7 @@ fn unavailable(text: String) -> Refusal {
 /// Connections from one serving connection to the sponsors that it pulls from.
 pub(super) struct Sources {
     owner: OwnerId,
+    security: Security,
     links: HashMap<String, Link>,
     /// When connecting failed. Requests that wait in line behind the one which waited for a dead
     /// host do not wait for it again, each by itself.
@@ -37,8 +38,8 @@ pub(super) struct Sources {
 }
 
 impl Sources {
-    pub(super) fn new(owner: OwnerId) -> Self {
-        Self { owner, links: HashMap::new(), failed: HashMap::new(), requests: 0 }
+    pub(super) fn new(owner: OwnerId, security: Security) -> Self {
+        Self { owner, security, links: HashMap::new(), failed: HashMap::new(), requests: 0 }
     }
 
     /// Carries out a pull; returns the outcome for each entry, in their order.
@@ -109,7 +110,7 @@ impl Sources {
         }
         let mut link = match self.links.remove(source) {
             Some(link) => link,
-            None => connect_source(source, self.owner).map_err(|error| {
+            None => connect_source(source, self.owner, &self.security).map_err(|error| {
                 self.failed.insert(source.to_owned(), Instant::now());
                 failed(&error)
             })?,
