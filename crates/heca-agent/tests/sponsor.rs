@@ -871,3 +871,30 @@ fn a_region_that_was_left_out_leaves_nothing_to_the_next_of_its_name() {
     assert_eq!(client.read(1, 1).unwrap(), None, "of the former region");
     assert_eq!(client.read(2, 1).unwrap(), Some(2));
 }
+
+#[test]
+fn a_slot_that_was_released_and_not_scrubbed_is_scrubbed_at_the_next_start() {
+    use std::os::unix::fs::FileExt;
+    let dir = Dir::new("unscrubbed");
+    let server = sponsor(&dir, 1 << 30);
+    let mut client = Client::connect(&server, Role::Control);
+    client.open_extents(&[0, 1], 2 * EXTENT_BYTES, 60_000).unwrap();
+    client.write(5, 1, 0xaa).unwrap();
+    let slot = pages_file(&dir);
+    let mut old = vec![0; (PER_EXTENT * 32) as usize + 6 * PAGE_BYTES];
+    std::fs::File::open(&slot).unwrap().read_exact_at(&mut old, 0).unwrap();
+    client.release(&[0], EXTENT_BYTES).unwrap();
+    drop((client, server));
+    // As if it had been killed before the scrubbing.
+    std::fs::File::options().write(true).open(&slot).unwrap().write_all_at(&old, 0).unwrap();
+    for _ in 0..2 {
+        let server = sponsor(&dir, 1 << 30);
+        assert_eq!(server.store().usage().stored, 0);
+        let mut client = Client::connect(&server, Role::Control);
+        client.open_extents(&[7], 2 * EXTENT_BYTES, 60_000).unwrap();
+        assert_eq!(client.entry(Kind::Stat, 7 * PER_EXTENT + 5, 1).0.flags(), EntryFlags::ABSENT);
+        let mut now = vec![0; old.len()];
+        std::fs::File::open(&slot).unwrap().read_exact_at(&mut now, 0).unwrap();
+        assert!(now.iter().all(|&b| b == 0));
+    }
+}

@@ -278,3 +278,20 @@ proptest! {
         }
     }
 }
+
+/// The example in `docs/protocol.md`, byte by byte.
+#[test]
+fn the_documented_read_is_encoded_so() {
+    let mut frame = Vec::new();
+    let entry = PageEntry::new(PageIndex(5), PageVersion(9));
+    encode_pages(header(Kind::Read), &[entry], &[], &mut frame);
+    let text = include_str!("../../../docs/protocol.md");
+    let example = text.split("## Example").nth(1).unwrap();
+    let documented: Vec<u8> = example
+        .lines()
+        .filter(|line| line.len() > 6 && line[..4].bytes().all(|b| b.is_ascii_hexdigit()))
+        .flat_map(|line| line[6..].split("   ").next().unwrap().split_whitespace())
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+        .collect();
+    assert_eq!(frame, documented);
+}

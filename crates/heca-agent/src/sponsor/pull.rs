@@ -100,8 +100,10 @@ impl Sources {
         source: &str,
     ) -> Result<Vec<Page>, Refusal> {
         let failed = |error: &LinkError| {
-            tracing::warn!(source, region = %header.region, "pull failed: {error}");
-            unavailable(format!("the source {source} failed: {error}"))
+            let cause = std::error::Error::source(error);
+            let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+            tracing::warn!(source, region = %header.region, "pull failed: {error}{cause}");
+            unavailable(format!("the source {source} failed: {error}{cause}"))
         };
         let pause = Duration::from_millis(RECONNECT_PAUSE_MS);
         self.failed.retain(|_, since| since.elapsed() < pause);
