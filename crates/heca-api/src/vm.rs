@@ -165,6 +165,9 @@ pub struct VmRequest {
     pub eviction: EvictionChoice,
     /// Whether sequential streams are fetched ahead.
     pub prefetch: bool,
+    /// Whether pages are sealed before they leave, so that sponsors see no plaintext.
+    #[serde(default)]
+    pub encrypt: bool,
     /// QEMU program; found on the path if not given.
     #[serde(default)]
     pub qemu: Option<PathBuf>,
@@ -181,8 +184,8 @@ pub enum VmState {
     Starting,
     /// The guest runs.
     Running,
-    /// The pager is gone: the guest stands still at its next fault. Its memory is safe, and not
-    /// served.
+    /// The pager is gone, and a new one is being started: until then the guest stands still at
+    /// its next fault. Nothing is lost.
     PagerLost,
     /// QEMU ended.
     Stopped,
@@ -215,6 +218,15 @@ pub struct VmInfo {
     pub console_log: PathBuf,
     /// Figures of the pager; the last ones if it ended.
     pub pager: Option<PagerStats>,
+    /// Times that a pager had to be started again.
+    #[serde(default)]
+    pub pager_restarts: u64,
+    /// Time from the loss of the last pager until the next one served faults, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pager_pause_ms: Option<f64>,
+    /// Whether pages are sealed before they leave.
+    #[serde(default)]
+    pub encrypted: bool,
     /// What went wrong, if something did.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub problem: Option<String>,
@@ -266,6 +278,31 @@ pub struct AgentInfo {
     pub regions: u64,
     /// VMs on this host.
     pub vms: u64,
+    /// Whether the sponsor is being emptied.
+    #[serde(default)]
+    pub draining: bool,
+    /// Whether the host is short of memory, so that the sponsor gives extents back.
+    #[serde(default)]
+    pub pressed: bool,
+    /// Name in the pool; none without TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+}
+
+/// Empties a sponsor, or stops to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// Whether what the sponsor holds is to move to others.
+    pub drain: bool,
+}
+
+/// Replaces the running programs by another build.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Upgrade {
+    /// The new program.
+    pub program: PathBuf,
 }
 
 /// An error that says what was wrong and what to do.

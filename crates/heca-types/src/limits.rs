@@ -66,8 +66,9 @@ pub const DETECT_MS_DEFAULT: u64 = 300;
 pub const REBUILD_AFTER_MS_DEFAULT: u64 = 10_000;
 /// Default bound of the traffic of rebuilding one region, in bytes a second.
 pub const REBUILD_BYTES_PER_S_DEFAULT: u64 = 200 << 20;
-/// Time for one frame of pages to be copied between sponsors, in milliseconds.
-pub const PULL_TIMEOUT_MS: u64 = 5_000;
+/// Time for a sponsor to answer a request to copy a frame of pages, in milliseconds: it may have to
+/// connect to the source first.
+pub const COPY_TIMEOUT_MS: u64 = 8_000;
 /// Shortest and longest time after which a read is hedged, in microseconds.
 pub const HEDGE_US: (u64, u64) = (300, 20_000);
 /// Reads that may be hedged, one in so many.

@@ -7,32 +7,31 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use heca_api::PagerStats;
 use heca_core::hedge::HedgePolicy;
 use heca_core::pager::{
-    Action, Event, FaultKind, FetchClass, FetchError, Install, InstallResult, Pager,
+    Action, Event, FaultKind, FetchClass, Install, InstallResult, Pager,
 };
 use heca_sys::journal::Journal;
 use heca_sys::uffd::{self, Fault, ResolveError, Userfaultfd};
 use heca_types::limits::{PAGE_BYTES, SILENCE_TIMEOUT_MS};
-use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
+use heca_types::{Epoch, PageIndex, PageVersion, RegionId};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
 use super::evictor::{Job, UnmapJob};
-use super::lane::{Answer, Asked, ReadLane, Seal};
+use super::lane::{ReadLane, Seal};
 use super::pidfd_ends;
 use super::preflight::Target;
 use super::rebuilder::PullJob;
-use super::remote::{Command, Lanes, Remote, chain};
+use super::remote::{Command, Lanes, Remote, Traffic, chain};
 use super::statistics::Statistics;
 use super::waker::Waker;
 use crate::latency::LatencyHint;
-use crate::link::{Link, LinkError};
+use crate::link::Link;
 
 /// Longest sleep: retries, time limits and rates are looked at this often.
 const TICK: Duration = Duration::from_millis(100);
@@ -106,6 +105,7 @@ pub(super) struct Engine {
     context: Context,
     core: Pager,
     lanes: Vec<Option<SponsorLanes>>,
+    traffic: Vec<Arc<Traffic>>,
     hedge: HedgePolicy,
     /// When anything came from each sponsor, and whether it is under suspicion.
     heard: Vec<(Instant, bool)>,
@@ -141,6 +141,7 @@ impl Engine {
         Ok(Self {
             core,
             lanes: lanes.collect(),
+            traffic: (0..sponsors as u8).map(|s| context.remote.traffic(s)).collect(),
             hedge: HedgePolicy::new(sponsors),
             heard: vec![(Instant::now(), false); sponsors],
             fenced: None,
@@ -389,6 +390,7 @@ impl Engine {
                 Message::Sponsor { weight } => {
                     let sponsor = self.core.add_sponsor(weight);
                     self.lanes.push(None);
+                    self.traffic.push(self.context.remote.traffic(sponsor));
                     self.hedge.resize(self.lanes.len());
                     self.heard.push((Instant::now(), false));
                     self.dispatch(Event::SponsorDown { sponsor }, None);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 use heca_core::pager::Event;
-use heca_types::limits::{FRAME_PAGES_MAX, PAGE_BYTES, PULL_TIMEOUT_MS};
+use heca_types::limits::{COPY_TIMEOUT_MS, FRAME_PAGES_MAX, PAGE_BYTES};
 use heca_types::{PageIndex, PageVersion, Status};
 use heca_wire::{Body, Header, Kind, PageEntry, Role, encode_pull};
 
@@ -106,7 +106,7 @@ impl Rebuilder {
             batch.iter().map(|job| PageEntry::new(job.page, job.version)).collect();
         let header = Header::new(Kind::Pull, inner.config.region, inner.config.epoch, 6);
         encode_pull(header, &entries, &source, link.output());
-        let timeout = Duration::from_millis(PULL_TIMEOUT_MS);
+        let timeout = Duration::from_millis(COPY_TIMEOUT_MS);
         let answers = link.request(timeout, |header, body| match body {
             Body::Pages(list) if header.kind == Kind::PullAck => {
                 let entries = list.entries().iter();

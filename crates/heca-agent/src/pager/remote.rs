@@ -58,7 +58,7 @@ pub(super) struct Peer {
     expects_pages: AtomicBool,
     pub(super) commands: (Sender<Command>, Receiver<Command>),
     pub(super) status: Mutex<Status>,
-    pub(super) traffic: Traffic,
+    pub(super) traffic: Arc<Traffic>,
 }
 
 #[derive(Debug)]
@@ -105,7 +105,7 @@ impl Peer {
             expects_pages: AtomicBool::new(false),
             commands: unbounded(),
             status: Mutex::new(Status { up: true, reason: None, leaving: false }),
-            traffic: Traffic::default(),
+            traffic: Arc::default(),
         }
     }
 
@@ -280,6 +280,10 @@ impl Remote {
         let peer = self.peer(position);
         peer.expects_pages.store(false, Ordering::Relaxed);
         peer.traffic.pages_stored.store(0, Ordering::Relaxed);
+    }
+
+    pub(super) fn traffic(&self, sponsor: u8) -> Arc<Traffic> {
+        self.peer(sponsor).traffic.clone()
     }
 
     pub(super) fn command(&self, sponsor: u8, command: Command) {

@@ -19,7 +19,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 
 use super::engine::{self, Engine};
 use super::evictor::{self, Evictor, Unmapper};
-use super::keeper::{Keeper, Mailbox};
+use super::keeper::Mailbox;
 use super::preflight::{self, Target};
 use super::rebuilder::Rebuilder;
 use super::remote::Remote;

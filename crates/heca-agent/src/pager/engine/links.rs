@@ -53,13 +53,21 @@ impl Engine {
         }
     }
 
-    /// The region is another one's now: nothing may be read or written any more. The process
-    /// stands still at its next fault, which is right: it must not go on in two places.
+    /// The region is another one's now: nothing may be read or written any more, and the process
+    /// is stopped: it must not go on in two places.
     pub(super) fn fence(&mut self, reason: String) {
         if !self.context.remote.fence() {
             return;
         }
         tracing::error!(vm = self.context.name, "fenced: {reason}");
+        // What is still in local memory must not be changed in two places either.
+        let stopped = rustix::process::pidfd_send_signal(
+            &self.context.pidfd,
+            rustix::process::Signal::STOP,
+        );
+        if let Err(error) = stopped {
+            tracing::error!(%error, "the fenced process is not stopped");
+        }
         for sponsor in 0..self.lanes.len() as u8 {
             self.lose(sponsor, reason.clone());
         }
@@ -118,7 +126,7 @@ impl Engine {
                 let version = asked.version;
                 self.hedge.sample(sponsor, (arrived - asked.sent).as_secs_f64() * 1e6);
                 self.dispatch(Event::Fetched { page, version, sponsor }, Some(bytes));
-                let traffic = self.context.remote.traffic(sponsor);
+                let traffic = &self.traffic[usize::from(sponsor)];
                 traffic.pages_fetched.fetch_add(1, Ordering::Relaxed);
                 if let Some(seen) = seen {
                     self.statistics.remote_fault(seen, asked.sent, arrived);
@@ -164,7 +172,7 @@ impl Engine {
     }
 
     fn count_traffic(&self, sponsor: u8, lanes: &SponsorLanes) {
-        let traffic = self.context.remote.traffic(sponsor);
+        let traffic = &self.traffic[usize::from(sponsor)];
         for lane in [&lanes.demand, &lanes.prefetch] {
             traffic.bytes_received.fetch_add(lane.link.bytes_received, Ordering::Relaxed);
             traffic.bytes_sent.fetch_add(lane.link.bytes_sent, Ordering::Relaxed);
