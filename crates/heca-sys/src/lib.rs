@@ -9,6 +9,7 @@ compile_error!("heca-sys supports Linux on x86-64 only for now");
 
 pub mod attach;
 mod inject;
+pub mod journal;
 pub mod map;
 pub mod pagemap;
 pub mod process;
