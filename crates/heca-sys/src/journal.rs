@@ -71,7 +71,7 @@ fn check_sizes(pages: u64, extents: u32) -> io::Result<u64> {
 }
 
 /// Two pagers that write one journal would use versions twice. The kernel drops the lock with the
-/// process, however it ends.
+/// process, however it ends. A child shares it until it runs another program.
 fn lock(file: &File) -> io::Result<()> {
     rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
         if error != rustix::io::Errno::WOULDBLOCK {
@@ -116,8 +116,9 @@ impl Journal {
     ///
     /// # Errors
     /// `InvalidData`, in words, if the file is no journal, or not the one of this region;
-    /// `WouldBlock` while another process has it open; `InvalidInput` for a region that is too
-    /// large; those of files and of `mmap`.
+    /// `WouldBlock` while another process has it open, or one that was killed is not gone yet: try
+    /// again for a while; `InvalidInput` for a region that is too large; those of files and of
+    /// `mmap`.
     pub fn open(path: &Path, pages: u64, extents: u32, identity: [u8; 16]) -> io::Result<Self> {
         let bytes = check_sizes(pages, extents)?;
         let file = File::options().read(true).write(true).open(path)?;

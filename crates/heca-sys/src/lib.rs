@@ -8,6 +8,7 @@
 compile_error!("heca-sys supports Linux on x86-64 only for now");
 
 pub mod attach;
+pub mod confine;
 mod inject;
 pub mod journal;
 pub mod map;
