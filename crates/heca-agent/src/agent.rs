@@ -6,10 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use heca_api::ApiError;
 use heca_types::ByteSize;
+use heca_types::limits::{
+    DETECT_MS_DEFAULT, REBUILD_AFTER_MS_DEFAULT, REBUILD_BYTES_PER_S_DEFAULT,
+};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::link::Security;
+use crate::pressure;
 use crate::rest;
 use crate::sponsor::SponsorServer;
 use crate::store::Store;
@@ -32,6 +38,33 @@ pub struct AgentConfig {
     pub spin: Duration,
     /// Lease that pagers of this host ask for, in milliseconds.
     pub lease_ms: u64,
+    /// Directory of the host's identity in a pool; without one, connections are plaintext.
+    pub identity: Option<PathBuf>,
+    /// Memory of the host below which the sponsor gives extents back; zero for never.
+    pub keep_free: ByteSize,
+    /// How pagers of this host deal with sponsors that fail.
+    pub failover: Failover,
+}
+
+/// Times and bounds of failover and rebuild.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failover {
+    /// Time without a sign of life after which a sponsor counts as dead, in milliseconds.
+    pub detect_ms: u64,
+    /// Time that a sponsor may be away before its extents go elsewhere, in milliseconds.
+    pub rebuild_after_ms: u64,
+    /// Bound of the traffic of rebuilding one VM's memory, in bytes a second.
+    pub rebuild_bytes_per_s: u64,
+}
+
+impl Default for Failover {
+    fn default() -> Self {
+        Self {
+            detect_ms: DETECT_MS_DEFAULT,
+            rebuild_after_ms: REBUILD_AFTER_MS_DEFAULT,
+            rebuild_bytes_per_s: REBUILD_BYTES_PER_S_DEFAULT,
+        }
+    }
 }
 
 /// A running agent.
@@ -39,6 +72,8 @@ pub struct AgentConfig {
 pub struct Agent {
     sponsor: Option<SponsorServer>,
     vms: VmManager,
+    security: Security,
+    upgrade: tokio::sync::Notify,
 }
 
 impl Agent {
@@ -48,11 +83,74 @@ impl Agent {
         self.sponsor.as_ref()
     }
 
+    /// Name of the host in its pool.
+    #[must_use]
+    pub fn host_name(&self) -> Option<String> {
+        match &self.security {
+            Security::Plaintext => None,
+            Security::Tls(tls) => Some(tls.name()),
+        }
+    }
+
+    /// Replaces the pagers' programs, and then this one's, by another build. VMs go on.
+    ///
+    /// # Errors
+    /// A program that cannot be run.
+    pub fn upgrade(&self, program: &Path) -> Result<(), ApiError> {
+        let version = std::process::Command::new(program).arg("--version").output();
+        let runs = version.as_ref().is_ok_and(|output| output.status.success());
+        if !runs {
+            let text = format!("{} cannot be run", program.display());
+            let detail = match version {
+                Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+                Err(error) => error.to_string(),
+            };
+            return Err(ApiError::new("bad-program", text).detail(detail));
+        }
+        self.vms.replace_pagers(program)?;
+        self.upgrade.notify_one();
+        Ok(())
+    }
+
     /// The host's VMs.
     #[must_use]
     pub fn vms(&self) -> &VmManager {
         &self.vms
     }
+}
+
+const PRESSURE_PERIOD: Duration = Duration::from_millis(500);
+/// How often the identity is looked after, and how often while that fails.
+const IDENTITY_PERIOD: Duration = Duration::from_secs(600);
+
+/// Renews the host's certificate in time, and fetches who was revoked.
+fn keep_identity(tls: heca_pki::TlsContext, dir: PathBuf) {
+    let keep = move || loop {
+        let identity = heca_pki::HostIdentity::load(&dir).and_then(|identity| {
+            if identity.needs_renewal(std::time::SystemTime::now()) {
+                heca_pki::renew(&dir)
+            } else {
+                heca_pki::fetch_crl(&dir)
+            }
+        });
+        match identity.and_then(|_| tls.reload()) {
+            Ok(()) => tracing::debug!("identity is up to date"),
+            // It stays valid for days: the pool's enrolment service may be away for a while.
+            Err(error) => tracing::warn!("identity not refreshed: {error}"),
+        }
+        std::thread::sleep(IDENTITY_PERIOD);
+    };
+    if let Err(error) = std::thread::Builder::new().name("identity".into()).spawn(keep) {
+        tracing::error!(%error, "the identity will not be renewed");
+    }
+}
+
+/// Becomes another program, with the same arguments and the same process id.
+fn become_program(program: &Path) -> anyhow::Error {
+    use std::os::unix::process::CommandExt;
+    tracing::info!(program = %program.display(), "becoming another program");
+    let error = std::process::Command::new(program).args(std::env::args_os().skip(1)).exec();
+    anyhow::Error::new(error).context(format!("run {}", program.display()))
 }
 
 /// Removes a file when dropped.
@@ -90,18 +188,30 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         );
     }
     let _ = std::fs::remove_file(&socket);
+    let security = Security::load(config.identity.as_deref())?;
     let store_dir = config.memory_dir.join("store");
     let sponsor = if config.offer.0 > 0 {
         let store = Store::open(&store_dir, config.offer)?;
-        let server = SponsorServer::start(store, &config.listen, config.spin)
+        let server = SponsorServer::start(store, &config.listen, config.spin, security.clone())
             .with_context(|| format!("listen on {}", config.listen))?;
         tracing::info!(address = %server.address(), offer = %config.offer, "sponsoring memory");
         Some(server)
     } else {
         None
     };
+    let _pressure = match &sponsor {
+        Some(server) if config.keep_free.0 > 0 => {
+            let store = server.store().clone();
+            Some(pressure::spawn(store, config.keep_free.0, PRESSURE_PERIOD)?)
+        }
+        _ => None,
+    };
+    if let Security::Tls(tls) = &security {
+        keep_identity(tls.clone(), config.identity.clone().unwrap_or_default());
+    }
     let vms = VmManager::new(&config)?;
-    let agent = Arc::new(Agent { sponsor, vms });
+    let upgrade = tokio::sync::Notify::new();
+    let agent = Arc::new(Agent { sponsor, vms, security, upgrade });
     let listener =
         UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     let _removed = Removed(socket.clone());
@@ -119,6 +229,11 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
         served = axum::serve(listener, app) => served?,
         _ = terminate.recv() => tracing::info!("terminated"),
         _ = interrupt.recv() => tracing::info!("interrupted"),
+        () = agent.upgrade.notified() => {
+            // The answer is on its way.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            return Err(become_program(&agent.vms().program()));
+        }
     }
     let ending = agent.clone();
     tokio::task::spawn_blocking(move || ending.vms().stop_all()).await?;

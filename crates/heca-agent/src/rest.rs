@@ -7,7 +7,9 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use heca_api::{AgentInfo, ApiError, Resize, Stop, VmInfo, VmRequest};
+use heca_api::{
+    AgentInfo, ApiError, Drain, Resize, SponsorAddress, Stop, Upgrade, VmInfo, VmRequest,
+};
 use heca_types::ByteSize;
 
 use crate::agent::Agent;
@@ -44,6 +46,9 @@ pub fn routes(agent: Shared) -> Router {
         .route("/v1/vms/{name}", get(show))
         .route("/v1/vms/{name}/stop", post(stop))
         .route("/v1/vms/{name}/resize", post(resize))
+        .route("/v1/vms/{name}/sponsors", post(add_sponsor))
+        .route("/v1/drain", post(drain))
+        .route("/v1/upgrade", post(upgrade))
         .route("/metrics", get(metrics))
         .with_state(agent)
 }
@@ -76,6 +81,9 @@ async fn info(State(agent): State<Shared>) -> Json<AgentInfo> {
         stored: ByteSize(usage.map_or(0, |u| u.stored)),
         regions: usage.map_or(0, |u| u.regions),
         vms: agent.vms().names().len() as u64,
+        draining: agent.sponsor().is_some_and(|server| server.store().is_draining()),
+        pressed: agent.sponsor().is_some_and(|server| server.store().is_pressed()),
+        host: agent.host_name(),
     })
 }
 
@@ -121,6 +129,36 @@ async fn resize(
 ) -> Result<Json<VmInfo>, Failure> {
     agent.vms().resize(&name, &resize).await?;
     Ok(Json(agent.vms().info(&name).await?))
+}
+
+async fn add_sponsor(
+    State(agent): State<Shared>,
+    Path(name): Path<String>,
+    Json(sponsor): Json<SponsorAddress>,
+) -> Result<Json<VmInfo>, Failure> {
+    agent.vms().add_sponsor(&name, &sponsor).await?;
+    Ok(Json(agent.vms().info(&name).await?))
+}
+
+async fn drain(
+    State(agent): State<Shared>,
+    Json(drain): Json<Drain>,
+) -> Result<Json<AgentInfo>, Failure> {
+    let Some(server) = agent.sponsor() else {
+        return Err(ApiError::new("no-sponsor", "this host lends no memory").into());
+    };
+    server.store().set_draining(drain.drain).map_err(|error| {
+        ApiError::new("io", "cannot write down that the sponsor is drained")
+            .detail(error.to_string())
+    })?;
+    Ok(info(State(agent)).await)
+}
+
+async fn upgrade(
+    State(agent): State<Shared>,
+    Json(upgrade): Json<Upgrade>,
+) -> Result<Json<()>, Failure> {
+    blocking(move || agent.upgrade(&upgrade.program)).await
 }
 
 async fn metrics(State(agent): State<Shared>) -> String {

@@ -2,6 +2,7 @@
 
 mod launch;
 mod process;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -9,20 +10,24 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use heca_api::{AccelChoice, ApiError, Client, PagerStats, Resize, VmInfo, VmRequest, VmState};
+use heca_api::{
+    AccelChoice, ApiError, Client, PagerStats, Resize, SponsorAddress, VmInfo, VmRequest, VmState,
+};
 use heca_types::{Epoch, OwnerId, RegionId};
 use heca_vmm::command_line::{VmPaths, VmSpec};
 use heca_vmm::host;
 use heca_vmm::qmp::Qmp;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::AgentConfig;
-use crate::pager::{PagerConfig, check_budget};
+use crate::agent::{AgentConfig, Failover};
+use crate::pager::{PagerConfig, check_budget, journal_path};
+use crate::seal::SealKey;
 
 use launch::{connect_qmp, spec_of, start_pager, start_qemu};
-use process::Process;
+use process::{Process, identity};
+use watch::{end, watch};
 
 const QMP_TIMEOUT: Duration = Duration::from_secs(30);
 const PAGER_START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -40,6 +45,8 @@ struct Record {
     qemu: (i32, u64),
     /// `None` while the VM is being started.
     pager: Option<(i32, u64)>,
+    /// For the next pager, should this one end.
+    config: PagerConfig,
 }
 
 #[derive(Debug)]
@@ -61,6 +68,16 @@ struct Vm {
     running: Mutex<Option<Running>>,
     qmp: Mutex<Option<Qmp>>,
     last_stats: Mutex<Option<PagerStats>>,
+    record: Mutex<Option<Record>>,
+    restarts: Mutex<Restarts>,
+    /// What pagers are started from.
+    program: Arc<Mutex<PathBuf>>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Restarts {
+    count: u64,
+    pause: Option<Duration>,
 }
 
 /// The VMs of a host.
@@ -71,6 +88,9 @@ pub struct VmManager {
     spin: Duration,
     lease_ms: u64,
     owner: OwnerId,
+    identity: Option<PathBuf>,
+    failover: Failover,
+    program: Arc<Mutex<PathBuf>>,
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
     /// Set when the agent ends: no VM is started any more.
     closing: AtomicBool,
@@ -78,6 +98,14 @@ pub struct VmManager {
 
 fn io_error(what: &str, path: &Path, error: &std::io::Error) -> ApiError {
     ApiError::new("io", format!("cannot {what} {}", path.display())).detail(error.to_string())
+}
+
+fn pager_error(name: &str, error: heca_api::ClientError) -> ApiError {
+    match error {
+        heca_api::ClientError::Refused(error) => error,
+        error => ApiError::new("pager-silent", format!("the pager of `{name}` does not answer"))
+            .detail(error.to_string()),
+    }
 }
 
 fn no_such_vm(name: &str) -> ApiError {
@@ -107,12 +135,24 @@ impl Vm {
         self.dir.join("vm.json")
     }
 
+    /// The key that pages are sealed with.
+    fn seal_key(&self) -> PathBuf {
+        self.dir.join("page.key")
+    }
+
     fn write_record(&self, record: &Record) -> Result<(), ApiError> {
+        *lock(&self.record) = Some(record.clone());
         let (path, new) = (self.record(), self.dir.join("vm.json.new"));
         let bytes = serde_json::to_vec(record).expect("plain data can be written as JSON");
         fs::write(&new, bytes)
             .and_then(|()| fs::rename(&new, &path))
             .map_err(|error| io_error("write", &path, &error))
+    }
+
+    fn change_record(&self, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
+        let Some(mut record) = lock(&self.record).clone() else { return Ok(()) };
+        change(&mut record);
+        self.write_record(&record)
     }
 
     /// Frees what only a running VM needs; logs and last figures stay.
@@ -125,6 +165,8 @@ impl Vm {
             &self.pager_socket(),
             &self.record(),
             &self.dir.join("pager.json"),
+            &self.seal_key(),
+            &journal_path(&paths.ram_file),
         ] {
             let _ = fs::remove_file(file);
         }
@@ -147,6 +189,11 @@ impl Vm {
         let paths = self.paths();
         let state = *lock(&self.state);
         let running = lock(&self.running);
+        let restarts = *lock(&self.restarts);
+        let encrypted = request.encrypt;
+        let fenced = pager.as_ref().and_then(|stats| stats.fenced.as_ref());
+        let fenced =
+            fenced.map(|why| format!("its memory has a newer owner; it is stopped: {why}"));
         VmInfo {
             name: request.name,
             state,
@@ -160,7 +207,10 @@ impl Vm {
             console: paths.console_socket,
             console_log: paths.console_log,
             pager: pager.or_else(|| lock(&self.last_stats).clone()),
-            problem: lock(&self.problem).clone(),
+            pager_restarts: restarts.count,
+            pager_pause_ms: restarts.pause.map(|pause| pause.as_secs_f64() * 1e3),
+            encrypted,
+            problem: lock(&self.problem).clone().or(fenced),
         }
     }
 }
@@ -177,6 +227,9 @@ impl VmManager {
             spin: config.spin,
             lease_ms: config.lease_ms,
             owner: OwnerId::random(),
+            identity: config.identity.clone(),
+            failover: config.failover,
+            program: Arc::new(Mutex::new(std::env::current_exe()?)),
             vms: Mutex::default(),
             closing: AtomicBool::new(false),
         };
@@ -211,7 +264,9 @@ impl VmManager {
                 continue;
             }
             tracing::info!(vm = record.request.name, "took back a running VM");
+            *lock(&vm.record) = Some(record.clone());
             *lock(&vm.accel) = record.accel;
+            // One whose pager is gone gets a new one at once, from who watches it.
             *lock(&vm.state) = if pager.is_some() { VmState::Running } else { VmState::PagerLost };
             *lock(&vm.qmp) = Qmp::connect(&vm.paths().qmp_socket, QMP_TIMEOUT).ok();
             *lock(&vm.running) = Some(Running { qemu: Arc::new(qemu), pager });
@@ -232,6 +287,9 @@ impl VmManager {
             running: Mutex::default(),
             qmp: Mutex::default(),
             last_stats: Mutex::default(),
+            record: Mutex::default(),
+            restarts: Mutex::default(),
+            program: self.program.clone(),
         }
     }
 
@@ -273,14 +331,59 @@ impl VmManager {
         let vm = self.find(name)?;
         check_budget(resize.local)?;
         let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/resize", resize).await;
-        answer.map_err(|error| match error {
-            heca_api::ClientError::Refused(error) => error,
-            error => {
-                ApiError::new("pager-silent", format!("the pager of `{name}` does not answer"))
-                    .detail(error.to_string())
-            }
-        })?;
+        answer.map_err(|error| pager_error(name, error))?;
         lock(&vm.request).local = resize.local;
+        vm.change_record(|record| {
+            record.request.local = resize.local;
+            record.config.local = resize.local;
+        })
+    }
+
+    /// Gives a VM one more sponsor.
+    ///
+    /// # Errors
+    /// An unknown name, a sponsor that is known already, a pager that does not answer.
+    pub async fn add_sponsor(&self, name: &str, sponsor: &SponsorAddress) -> Result<(), ApiError> {
+        let vm = self.find(name)?;
+        let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/sponsors", sponsor).await;
+        answer.map_err(|error| pager_error(name, error))?;
+        lock(&vm.request).sponsors.push(sponsor.clone());
+        vm.change_record(|record| {
+            record.request.sponsors.push(sponsor.clone());
+            record.config.sponsors.push(sponsor.clone());
+        })
+    }
+
+    /// What pagers are started from.
+    #[must_use]
+    pub fn program(&self) -> PathBuf {
+        lock(&self.program).clone()
+    }
+
+    /// Has every VM go on with a pager of another build. Waits until all of them serve again.
+    ///
+    /// # Errors
+    /// A VM whose new pager does not come up; the agent goes on trying.
+    pub fn replace_pagers(&self, program: &Path) -> Result<(), ApiError> {
+        *lock(&self.program) = program.to_owned();
+        for name in self.names() {
+            let Ok(vm) = self.find(&name) else { continue };
+            let _starting = lock(&vm.starting);
+            let pager = lock(&vm.running).as_ref().and_then(|running| running.pager.clone());
+            let (Some(pager), before) = (pager, lock(&vm.restarts).count) else { continue };
+            // A pager that is killed loses nothing, and is started again by who watches it.
+            pager.kill();
+            let deadline = Instant::now() + PAGER_START_TIMEOUT;
+            while lock(&vm.restarts).count == before && *lock(&vm.state) != VmState::Stopped {
+                if Instant::now() > deadline {
+                    let text = format!("the new pager of `{name}` does not come up");
+                    let log = vm.dir.join("pager.log");
+                    return Err(ApiError::new("pager-failed", text)
+                        .detail(format!("see {}", log.display())));
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
         Ok(())
     }
 
@@ -384,17 +487,11 @@ impl VmManager {
         self.refuse_if_closing()?;
         let qemu_process = start_qemu(vm, spec, qemu, &paths)?;
         *lock(&vm.running) = Some(Running { qemu: qemu_process.clone(), pager: None });
-        let identity = |process: &Process| {
-            (process.pid, heca_sys::process::start_time(process.pid).unwrap_or(0))
-        };
-        let mut record = Record {
-            request: request.clone(),
-            accel: lock(&vm.accel).clone(),
-            qemu: identity(&qemu_process),
-            pager: None,
-        };
-        vm.write_record(&record)?;
-        let mut qmp = connect_qmp(vm, &qemu_process)?;
+        if request.encrypt {
+            SealKey::generate()
+                .and_then(|key| key.save(&vm.seal_key()))
+                .map_err(|error| io_error("write", &vm.seal_key(), &error))?;
+        }
 
         let config = PagerConfig {
             name: request.name.clone(),
@@ -410,7 +507,22 @@ impl VmManager {
             prefetch: request.prefetch,
             lease_ms: self.lease_ms,
             spin_us: self.spin.as_micros() as u64,
+            resume: false,
+            identity: self.identity.clone(),
+            seal_key: request.encrypt.then(|| vm.seal_key()),
+            detect_ms: self.failover.detect_ms,
+            rebuild_after_ms: self.failover.rebuild_after_ms,
+            rebuild_bytes_per_s: self.failover.rebuild_bytes_per_s,
         };
+        let mut record = Record {
+            request: request.clone(),
+            accel: lock(&vm.accel).clone(),
+            qemu: identity(&qemu_process),
+            pager: None,
+            config: config.clone(),
+        };
+        vm.write_record(&record)?;
+        let mut qmp = connect_qmp(vm, &qemu_process)?;
         let pager = start_pager(vm, &config)?;
         record.pager = Some(identity(&pager));
         *lock(&vm.running) = Some(Running { qemu: qemu_process, pager: Some(pager) });
@@ -460,56 +572,4 @@ impl VmManager {
             let _ = self.stop(&name, 0);
         }
     }
-}
-
-/// Watches a VM's processes until it ends.
-fn watch(vm: &Arc<Vm>) {
-    let vm = vm.clone();
-    std::thread::spawn(move || {
-        let (qemu, pager) = match &*lock(&vm.running) {
-            Some(running) => (running.qemu.clone(), running.pager.clone()),
-            None => return,
-        };
-        let mut pager_lost = pager.is_none();
-        while !qemu.wait(Duration::from_millis(250)) {
-            let lost = pager.as_ref().is_none_or(|pager| pager.wait(Duration::ZERO));
-            if lost && !pager_lost && !qemu.wait(Duration::from_millis(500)) {
-                pager_lost = true;
-                let name = lock(&vm.request).name.clone();
-                tracing::error!(vm = name, "the pager is gone: the guest stands still");
-                let mut state = lock(&vm.state);
-                if *state != VmState::Stopped {
-                    *state = VmState::PagerLost;
-                }
-                drop(state);
-                *lock(&vm.problem) = Some(format!(
-                    "the pager ended; the guest stands still at its next fault. See {}",
-                    vm.dir.join("pager.log").display()
-                ));
-            }
-        }
-        if let Some(pager) = pager
-            && !pager.wait(EXIT_TIMEOUT)
-        {
-            pager.kill();
-        }
-        end(&vm);
-    });
-}
-
-/// QEMU and pager ended. Done once: later the name, and with it the files, may be another VM's.
-fn end(vm: &Vm) {
-    let mut state = lock(&vm.state);
-    if *state == VmState::Stopped {
-        return;
-    }
-    if let Ok(bytes) = fs::read(vm.pager_last())
-        && let Ok(stats) = serde_json::from_slice(&bytes)
-    {
-        *lock(&vm.last_stats) = Some(stats);
-    }
-    vm.clean_up_runtime();
-    lock(&vm.qmp).take();
-    lock(&vm.running).take();
-    *state = VmState::Stopped;
 }

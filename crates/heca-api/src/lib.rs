@@ -11,6 +11,6 @@ mod vm;
 pub use client::{Client, ClientError};
 pub use stats::{Latency, PagerStats, Quantiles, Rates, SponsorStats};
 pub use vm::{
-    AccelChoice, AgentInfo, ApiError, Boot, EvictionChoice, Network, PagerState, Resize,
-    SponsorAddress, Stop, VmInfo, VmRequest, VmState,
+    AccelChoice, AgentInfo, ApiError, Boot, Drain, EvictionChoice, Network, PagerState, Resize,
+    SponsorAddress, Stop, Upgrade, VmInfo, VmRequest, VmState,
 };

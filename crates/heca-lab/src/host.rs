@@ -14,6 +14,8 @@ use rustix::process::{Pid, Signal, kill_process};
 pub struct AgentOptions {
     /// Memory to lend, as on the command line; none if empty.
     pub offer: String,
+    /// Directory of its identity in a pool; plaintext without one.
+    pub identity: Option<PathBuf>,
     /// Further arguments.
     pub arguments: Vec<String>,
 }
@@ -127,6 +129,10 @@ impl Host {
         let log = File::options().create(true).append(true).open(self.agent_log())?;
         let mut command = self.command(&heca_binary()?);
         command.arg("agent").arg("--memory-dir").arg(&self.memory_dir);
+        match &options.identity {
+            Some(identity) => command.arg("--identity").arg(identity),
+            None => command.arg("--plaintext"),
+        };
         if !options.offer.is_empty() {
             command.args(["--offer", &options.offer, "--listen", &self.sponsor()]);
         }

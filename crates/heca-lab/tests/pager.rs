@@ -42,7 +42,9 @@ impl Bench {
         let mut bench = Self { dir, sponsors: Vec::new(), _serial: serial };
         for i in 0..sponsors {
             let store = Store::open(&bench.dir.join(format!("s{i}")), ByteSize(1 << 30)).unwrap();
-            let server = SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO).unwrap();
+            let server =
+                SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO, Security::Plaintext)
+                    .unwrap();
             bench.sponsors.push(Some(server));
         }
         File::create_new(bench.ram()).unwrap().set_len((PAGES * PAGE_BYTES) as u64).unwrap();
@@ -56,19 +58,16 @@ impl Bench {
     fn config(&self, pid: i32, replicas: usize, eviction: EvictionChoice) -> PagerConfig {
         let addresses = self.sponsors.iter().flatten().map(|s| s.address().to_string());
         PagerConfig {
-            name: "test".to_owned(),
-            pid,
-            ram_file: self.ram(),
-            region: RegionId::random(),
-            owner: OwnerId::random(),
-            epoch: Epoch(1),
-            local: LOCAL,
             replicas,
-            sponsors: addresses.map(|address| SponsorAddress { address, weight: 1 }).collect(),
             eviction,
-            prefetch: true,
             lease_ms: 60_000,
-            spin_us: 0,
+            rebuild_after_ms: 500,
+            ..PagerConfig::new(
+                pid,
+                self.ram(),
+                LOCAL,
+                addresses.map(|address| SponsorAddress { address, weight: 1 }).collect(),
+            )
         }
     }
 

@@ -7,8 +7,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use heca_agent::pager::{self, PagerConfig};
-use heca_types::limits::LEASE_MS_DEFAULT;
-use heca_types::{Epoch, OwnerId, RegionId};
 
 use crate::cli::AttachArguments;
 use crate::output;
@@ -55,20 +53,15 @@ fn count_signals() -> anyhow::Result<Arc<AtomicUsize>> {
 
 pub fn run(arguments: &AttachArguments) -> anyhow::Result<ExitCode> {
     let signals = count_signals()?;
+    let pool = &arguments.pool;
+    let file = std::path::absolute(&arguments.file)?;
     let config = PagerConfig {
-        name: format!("pid-{}", arguments.pid),
-        pid: arguments.pid,
-        ram_file: std::path::absolute(&arguments.file)?,
-        region: RegionId::random(),
-        owner: OwnerId::random(),
-        epoch: Epoch(1),
-        local: arguments.pool.local,
-        replicas: arguments.pool.replicas,
-        sponsors: arguments.pool.sponsors.clone(),
-        eviction: arguments.pool.eviction,
-        prefetch: !arguments.pool.no_prefetch,
-        lease_ms: LEASE_MS_DEFAULT,
+        replicas: pool.replicas,
+        eviction: pool.eviction,
+        prefetch: !pool.no_prefetch,
         spin_us: arguments.spin_us,
+        identity: arguments.security.identity()?,
+        ..PagerConfig::new(arguments.pid, file, pool.local, pool.sponsors.clone())
     };
     pager::protect_process();
     let mut handle = pager::start(&config)?;

@@ -4,15 +4,20 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use heca_agent::agent::AgentConfig;
+use heca_agent::agent::{AgentConfig, Failover};
 use heca_api::{AccelChoice, EvictionChoice, Network, SponsorAddress};
 use heca_core::pager::Mutation;
 use heca_types::ByteSize;
-use heca_types::limits::{LEASE_MS_DEFAULT, LEASE_MS_MAX};
+use heca_types::limits::{
+    DETECT_MS_DEFAULT, LEASE_MS_DEFAULT, LEASE_MS_MAX, REBUILD_AFTER_MS_DEFAULT,
+    REBUILD_BYTES_PER_S_DEFAULT,
+};
 
 /// Default directory of the agent's socket.
 pub const RUN_DIR: &str = "/run/heca";
 const MEMORY_DIR: &str = "/dev/shm/heca";
+const IDENTITY_DIR: &str = "/etc/heca/host";
+const POOL_DIR: &str = "/etc/heca/pool";
 
 /// Pools the memory of many machines and lets a VM use more than its host has.
 ///
@@ -31,6 +36,12 @@ pub enum Command {
     Agent(AgentArguments),
     /// Start, look at and stop VMs.
     Vm(VmArguments),
+    /// Make a pool and manage its members' certificates.
+    Pool(PoolManagement),
+    /// Join a pool, look at this host, empty its sponsor.
+    Host(HostArguments),
+    /// Replace the running agent and its pagers by another build; VMs go on.
+    Upgrade(UpgradeArguments),
     /// Page a shared file mapping of a running process; Ctrl-C brings its memory back.
     Attach(AttachArguments),
     /// Check this machine, and print the command that fixes each finding.
@@ -54,7 +65,7 @@ pub struct AgentArguments {
     /// Memory to lend to others, such as 16G; 0 lends none.
     #[arg(long, default_value = "0", value_name = "SIZE")]
     offer: ByteSize,
-    /// Where to serve the memory on offer. Traffic is not encrypted: keep it on a trusted network.
+    /// Where to serve the memory on offer.
     #[arg(long, default_value = "127.0.0.1:7900", value_name = "ADDRESS:PORT")]
     listen: String,
     /// Directory of the agent's socket and of its VMs' logs.
@@ -73,6 +84,170 @@ pub struct AgentArguments {
     #[arg(long, default_value_t = LEASE_MS_DEFAULT, value_name = "MILLISECONDS",
           value_parser = clap::value_parser!(u64).range(30_000..=LEASE_MS_MAX))]
     lease_ms: u64,
+    #[command(flatten)]
+    security: SecurityArguments,
+    /// Give extents back to other sponsors when the host has less memory than this available.
+    #[arg(long, default_value = "0", value_name = "SIZE")]
+    keep_free: ByteSize,
+    #[command(flatten)]
+    failover: FailoverArguments,
+}
+
+/// How connections between hosts are secured.
+#[derive(Debug, Args)]
+pub struct SecurityArguments {
+    /// Directory of this host's identity in a pool (see `heca host join`).
+    #[arg(long, default_value = IDENTITY_DIR, env = "HECA_IDENTITY", value_name = "DIR")]
+    pub identity: PathBuf,
+    /// Use neither TLS nor authentication: for tests on one machine only.
+    #[arg(long)]
+    pub plaintext: bool,
+}
+
+impl SecurityArguments {
+    /// The identity to use, or none if plaintext was asked for.
+    pub fn identity(&self) -> anyhow::Result<Option<PathBuf>> {
+        if self.plaintext {
+            tracing::warn!("connections are plaintext: anybody who reaches them can read memory");
+            return Ok(None);
+        }
+        if !self.identity.join("host.json").exists() {
+            anyhow::bail!(
+                "this host is in no pool: {} holds no identity. Join one with \
+                 `heca host join TOKEN` (`heca pool --help` tells where tokens come from), or \
+                 give --plaintext for a test on one machine",
+                self.identity.display()
+            );
+        }
+        Ok(Some(std::path::absolute(&self.identity)?))
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct FailoverArguments {
+    /// Time without a sign of life after which pagers give a sponsor up, in milliseconds.
+    #[arg(long, default_value_t = DETECT_MS_DEFAULT, value_name = "MILLISECONDS",
+          value_parser = clap::value_parser!(u64).range(20..=60_000))]
+    detect_ms: u64,
+    /// Time that a sponsor may be away before what it held is copied to others, in milliseconds.
+    #[arg(long, default_value_t = REBUILD_AFTER_MS_DEFAULT, value_name = "MILLISECONDS")]
+    rebuild_after_ms: u64,
+    /// Bound of the traffic of copying, for each VM and second.
+    #[arg(long, default_value_t = ByteSize(REBUILD_BYTES_PER_S_DEFAULT), value_name = "SIZE")]
+    rebuild_bandwidth: ByteSize,
+}
+
+impl FailoverArguments {
+    pub fn failover(&self) -> Failover {
+        Failover {
+            detect_ms: self.detect_ms,
+            rebuild_after_ms: self.rebuild_after_ms,
+            rebuild_bytes_per_s: self.rebuild_bandwidth.0,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct PoolManagement {
+    /// Directory of the pool's CA: keep it on one well-guarded host.
+    #[arg(long, global = true, default_value = POOL_DIR, env = "HECA_POOL", value_name = "DIR")]
+    pub dir: PathBuf,
+    #[command(subcommand)]
+    pub command: PoolCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PoolCommand {
+    /// Make a pool: a CA whose certificates its hosts trust.
+    Init {
+        /// Name of the pool.
+        #[arg(default_value = "heca")]
+        name: String,
+    },
+    /// Make a one-time token with which a host joins.
+    Token {
+        /// Where `heca pool serve` can be reached from that host.
+        #[arg(long, value_name = "HOST:PORT")]
+        address: String,
+        /// The only name that the host may take; needed to join again under a name in use.
+        #[arg(long)]
+        name: Option<String>,
+        /// How long the token can be used.
+        #[arg(long, default_value_t = 60, value_name = "MINUTES")]
+        ttl_minutes: u64,
+    },
+    /// Let hosts join, renew their certificates, and learn who was revoked.
+    Serve {
+        /// Where to listen.
+        #[arg(long, default_value = "0.0.0.0:7901", value_name = "ADDRESS:PORT")]
+        listen: String,
+    },
+    /// List the pool's hosts and their certificates.
+    Hosts {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Revoke a host's certificates.
+    Revoke { host: String },
+    /// Sign with a new CA from now on.
+    RotateCa,
+    /// Remove CAs that no valid certificate needs any more.
+    PruneCa,
+}
+
+#[derive(Debug, Args)]
+pub struct HostArguments {
+    /// Directory of the agent's socket.
+    #[arg(long, global = true, default_value = RUN_DIR, env = "HECA_RUN_DIR", value_name = "DIR")]
+    pub run_dir: PathBuf,
+    /// Directory of this host's identity.
+    #[arg(long, global = true, default_value = IDENTITY_DIR, env = "HECA_IDENTITY",
+          value_name = "DIR")]
+    pub identity: PathBuf,
+    #[command(subcommand)]
+    pub command: HostCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// Join a pool with a one-time token.
+    Join {
+        token: String,
+        /// Name in the pool; the host's own by default.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Renew the host's certificate now; the agent does so by itself in time.
+    Renew,
+    /// Show this host: its name, what it lends.
+    Show {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Move everything that this host's sponsor holds to other sponsors, while VMs run.
+    Drain {
+        /// Take extents again.
+        #[arg(long)]
+        off: bool,
+        /// Wait until nothing is left.
+        #[arg(long, conflicts_with = "off")]
+        wait: bool,
+        /// Longest time to wait, in seconds.
+        #[arg(long, default_value_t = 3600, requires = "wait")]
+        timeout: u64,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct UpgradeArguments {
+    /// Directory of the agent's socket.
+    #[arg(long, default_value = RUN_DIR, env = "HECA_RUN_DIR", value_name = "DIR")]
+    pub run_dir: PathBuf,
+    /// The new program; this one by default.
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
 }
 
 /// Polling takes a processor: do it where there is one to spare.
@@ -91,6 +266,9 @@ impl AgentArguments {
             metrics: self.metrics,
             spin: Duration::from_micros(self.spin_us),
             lease_ms: self.lease_ms,
+            identity: self.security.identity()?,
+            keep_free: self.keep_free,
+            failover: self.failover.failover(),
         })
     }
 }
@@ -146,6 +324,12 @@ pub enum VmCommand {
     },
     /// Connect to a VM's serial console; Ctrl-] leaves it.
     Console { name: String },
+    /// Give a VM one more sponsor: it gets extents when another one is lost or drained.
+    AddSponsor {
+        name: String,
+        #[arg(value_name = "HOST:PORT[=SHARE]")]
+        sponsor: SponsorAddress,
+    },
     /// Change a VM's local budget while it runs.
     Resize {
         name: String,
@@ -204,6 +388,9 @@ pub struct RunArguments {
     /// The guest's network: none or user.
     #[arg(long, default_value = "none")]
     pub network: Network,
+    /// Seal pages before they leave this host: sponsors see no plaintext.
+    #[arg(long)]
+    pub encrypt: bool,
     /// QEMU program.
     #[arg(long, value_name = "FILE")]
     pub qemu: Option<PathBuf>,
@@ -225,6 +412,8 @@ pub struct AttachArguments {
     pub file: PathBuf,
     #[command(flatten)]
     pub pool: PoolArguments,
+    #[command(flatten)]
+    pub security: SecurityArguments,
     /// How long the pager polls for work before it sleeps, in microseconds.
     #[arg(long, default_value_t = default_spin_us(), value_name = "MICROSECONDS")]
     pub spin_us: u64,
@@ -314,6 +503,12 @@ pub struct FaultArguments {
     /// How pages are taken from the target: auto, pageout, uring or write-protect.
     #[arg(long, default_value = "auto")]
     pub eviction: EvictionChoice,
+    /// Measure the same over TLS, beside plaintext.
+    #[arg(long)]
+    pub tls: bool,
+    /// Measure the same with sealed pages, beside plaintext.
+    #[arg(long)]
+    pub encrypt: bool,
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ mod bench;
 mod cli;
 mod memtest;
 mod output;
+mod pool;
 mod vm;
 
 use std::process::ExitCode;
@@ -57,6 +58,15 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Vm(arguments) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             return runtime.block_on(vm::run(arguments));
+        }
+        Command::Pool(arguments) => return pool::run(&arguments),
+        Command::Host(arguments) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            return runtime.block_on(pool::host(arguments));
+        }
+        Command::Upgrade(arguments) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            return runtime.block_on(pool::upgrade(arguments));
         }
         Command::Attach(arguments) => return attach::run(&arguments),
         Command::Doctor(arguments) => {

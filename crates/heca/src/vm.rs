@@ -46,6 +46,10 @@ pub async fn run(arguments: VmArguments) -> anyhow::Result<ExitCode> {
             }
             console(&info.console)?;
         }
+        VmCommand::AddSponsor { name, sponsor } => {
+            let _: VmInfo = client.post(&format!("/v1/vms/{name}/sponsors"), &sponsor).await?;
+            println!("{name}: {} is a sponsor of it now", sponsor.address);
+        }
         VmCommand::Resize { name, local } => {
             let info: VmInfo =
                 client.post(&format!("/v1/vms/{name}/resize"), &Resize { local }).await?;
@@ -75,6 +79,7 @@ async fn start(client: &Client, run: RunArguments) -> anyhow::Result<ExitCode> {
         network: run.network,
         eviction: run.pool.eviction,
         prefetch: !run.pool.no_prefetch,
+        encrypt: run.encrypt,
         qemu: run.qemu,
         qemu_args: run.qemu_args,
     };

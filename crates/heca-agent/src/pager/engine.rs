@@ -12,9 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use heca_api::PagerStats;
 use heca_core::hedge::HedgePolicy;
-use heca_core::pager::{
-    Action, Event, FaultKind, FetchClass, Install, InstallResult, Pager,
-};
+use heca_core::pager::{Action, Event, FaultKind, FetchClass, Install, InstallResult, Pager};
 use heca_sys::journal::Journal;
 use heca_sys::uffd::{self, Fault, ResolveError, Userfaultfd};
 use heca_types::limits::{PAGE_BYTES, SILENCE_TIMEOUT_MS};

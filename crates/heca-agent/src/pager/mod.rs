@@ -33,7 +33,10 @@ use heca_api::{ApiError, EvictionChoice, PagerStats, SponsorAddress};
 use heca_sys::attach;
 use heca_sys::pagemap::Pagemap;
 use heca_sys::uffd::Userfaultfd;
-use heca_types::limits::{BUDGET_PAGES_MIN, PAGE_BYTES};
+use heca_types::limits::{
+    BUDGET_PAGES_MIN, DETECT_MS_DEFAULT, LEASE_MS_DEFAULT, PAGE_BYTES, REBUILD_AFTER_MS_DEFAULT,
+    REBUILD_BYTES_PER_S_DEFAULT,
+};
 use heca_types::{ByteSize, Epoch, OwnerId, RegionId};
 use serde::{Deserialize, Serialize};
 
@@ -94,6 +97,39 @@ pub struct PagerConfig {
     pub rebuild_after_ms: u64,
     /// Bound of the traffic of rebuilding, in bytes a second.
     pub rebuild_bytes_per_s: u64,
+}
+
+impl PagerConfig {
+    /// A configuration with defaults for what is not named: a new region, plaintext, two replicas.
+    #[must_use]
+    pub fn new(
+        pid: i32,
+        ram_file: PathBuf,
+        local: ByteSize,
+        sponsors: Vec<SponsorAddress>,
+    ) -> Self {
+        Self {
+            name: format!("pid-{pid}"),
+            pid,
+            ram_file,
+            region: RegionId::random(),
+            owner: OwnerId::random(),
+            epoch: Epoch(1),
+            local,
+            replicas: 2,
+            sponsors,
+            eviction: EvictionChoice::Auto,
+            prefetch: true,
+            lease_ms: LEASE_MS_DEFAULT,
+            spin_us: 0,
+            resume: false,
+            identity: None,
+            seal_key: None,
+            detect_ms: DETECT_MS_DEFAULT,
+            rebuild_after_ms: REBUILD_AFTER_MS_DEFAULT,
+            rebuild_bytes_per_s: REBUILD_BYTES_PER_S_DEFAULT,
+        }
+    }
 }
 
 /// A pager that serves faults. Dropping the handle does not stop it.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use heca_api::{ApiError, PagerState, PagerStats, Resize};
+use heca_api::{ApiError, PagerState, PagerStats, Resize, SponsorAddress};
+use heca_sys::confine::{self, FOREIGN, PAGER, Profile};
 
 use super::{PagerConfig, PagerHandle, start};
 use crate::rest::Failure;
@@ -23,7 +24,14 @@ pub fn serve(config: &PagerConfig, socket: &Path, last: &Path) -> Result<(), Api
     // The guest would stand still without this process: it ends with the guest, not by a signal.
     heca_sys::process::ignore_endings();
     super::protect_process();
+    if let Err(error) = confine::drop_capabilities(PAGER | FOREIGN) {
+        tracing::warn!(%error, "privileges are not reduced");
+    }
     let outcome = start(config);
+    // Attaching needs calls that are never needed again.
+    if let Err(error) = confine::no_new_privs().and_then(|()| confine::seccomp(Profile::Serve)) {
+        tracing::warn!(%error, "system calls are not restricted");
+    }
     let state = match &outcome {
         Ok(_) => PagerState::Ready,
         Err(error) => PagerState::Failed { error: error.clone() },
@@ -61,6 +69,7 @@ fn run_server(handle: &Shared, socket: &Path) -> std::io::Result<()> {
         let app = Router::new()
             .route("/v1/stats", get(stats))
             .route("/v1/resize", post(resize))
+            .route("/v1/sponsors", post(add_sponsor))
             .route("/metrics", get(metrics))
             .with_state(handle.clone());
         let ended = handle.ended().clone();
@@ -88,6 +97,14 @@ async fn metrics(State(handle): State<Shared>) -> Result<String, Failure> {
     let mut text = crate::metrics::Text::default();
     text.pager(&current(handle).await?);
     Ok(text.finish())
+}
+
+async fn add_sponsor(
+    State(handle): State<Shared>,
+    Json(sponsor): Json<SponsorAddress>,
+) -> Result<Json<()>, Failure> {
+    handle.add_sponsor(&sponsor)?;
+    Ok(Json(()))
 }
 
 async fn resize(

@@ -109,9 +109,7 @@ fn tail(path: &Path) -> String {
 }
 
 pub(super) fn start_pager(vm: &Vm, config: &PagerConfig) -> Result<Arc<Process>, ApiError> {
-    let program = std::env::current_exe().map_err(|error| {
-        ApiError::new("io", "cannot find my own program").detail(error.to_string())
-    })?;
+    let program = super::lock(&vm.program).clone();
     let file = vm.dir.join("pager.json");
     let bytes = serde_json::to_vec(config).expect("plain data can be written as JSON");
     fs::write(&file, bytes).map_err(|error| io_error("write", &file, &error))?;

@@ -9,6 +9,25 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{EXIT_TIMEOUT, lock};
 
+/// What tells a process from a later one with its number.
+pub(super) fn identity(process: &Process) -> (i32, u64) {
+    (process.pid, heca_sys::process::start_time(process.pid).unwrap_or(0))
+}
+
+/// Waits until one of the processes ended, at most this long.
+pub(super) fn wait_any(processes: &[&Process], timeout: Duration) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let timeout = rustix::time::Timespec {
+        tv_sec: timeout.as_secs() as i64,
+        tv_nsec: i64::from(timeout.subsec_nanos()),
+    };
+    let mut fds: Vec<_> = processes
+        .iter()
+        .map(|process| PollFd::from_borrowed_fd(process.pidfd.as_fd(), PollFlags::IN))
+        .collect();
+    let _ = poll(&mut fds, Some(&timeout));
+}
+
 /// A process that may not be our child: it may have been started by a former agent.
 #[derive(Debug)]
 pub(super) struct Process {

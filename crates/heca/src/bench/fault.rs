@@ -23,11 +23,12 @@ use anyhow::Context;
 use hdrhistogram::Histogram;
 use heca_agent::latency;
 use heca_agent::pager::{self, PagerConfig};
+use heca_agent::seal::SealKey;
 use heca_api::SponsorAddress;
 use heca_sys::attach;
 use heca_sys::uffd::{Features, Modes, Userfaultfd};
-use heca_types::limits::{LEASE_MS_DEFAULT, PAGE_BYTES};
-use heca_types::{ByteSize, Epoch, OwnerId, RegionId};
+use heca_types::ByteSize;
+use heca_types::limits::PAGE_BYTES;
 use serde_json::json;
 
 use super::sponsor::BenchSponsor;
@@ -70,17 +71,26 @@ pub(super) fn run(arguments: &FaultArguments) -> anyhow::Result<()> {
     let _awake = latency::hold();
     let spin = Duration::from_micros(arguments.spin_us);
     let (mut floor, mut tcp, mut heca, mut parts) = (vec![], vec![], vec![], vec![]);
+    // The same over TLS, with sealed pages, or with both.
+    let legs: Vec<Leg> = Leg::ALL.into_iter().filter(|leg| leg.is_wanted(arguments)).collect();
+    let mut secured: Vec<Vec<Measured>> = vec![vec![]; legs.len()];
+    let identity = if arguments.tls { Some(make_identity(&scratch.0)?) } else { None };
     for run in 1..=arguments.runs {
         say(&format!("run {run} of {}: local fault handler", arguments.runs));
         floor.push(uffd_floor(&scratch.0, arguments.faults, spin)?);
         say(&format!("run {run} of {}: TCP round trip", arguments.runs));
         tcp.push(tcp_floor(arguments.faults, spin)?);
         say(&format!("run {run} of {}: remote fault", arguments.runs));
-        let (measured, stats) = remote_faults(&scratch.0, arguments)?;
+        let (measured, stats) = remote_faults(&scratch.0, arguments, Leg::PLAIN, None)?;
         heca.push(measured);
         parts.push(stats);
+        for (leg, measured) in legs.iter().zip(&mut secured) {
+            say(&format!("run {run} of {}: remote fault, {}", arguments.runs, leg.name));
+            let identity = identity.as_deref().filter(|_| leg.tls);
+            measured.push(remote_faults(&scratch.0, arguments, *leg, identity)?.0);
+        }
     }
-    let wrong: usize = heca.iter().map(|m| m.wrong).sum();
+    let wrong: usize = heca.iter().chain(secured.iter().flatten()).map(|m| m.wrong).sum();
     anyhow::ensure!(wrong == 0, "{wrong} pages came back with wrong bytes");
     let summary = |runs: &[Measured]| {
         json!({
@@ -93,6 +103,15 @@ pub(super) fn run(arguments: &FaultArguments) -> anyhow::Result<()> {
     };
     let p50 = |runs: &[Measured]| median(runs.iter().map(|m| m.p50_us));
     let p99 = median(heca.iter().map(|m| m.p99_us));
+    let mut ratios = json!({
+        "heca_over_floor_p50": p50(&heca) / (p50(&floor) + p50(&tcp)),
+        "p99_over_p50": p99 / p50(&heca),
+    });
+    let mut secured_results = json!({});
+    for (leg, measured) in legs.iter().zip(&secured) {
+        secured_results[leg.name] = summary(measured);
+        ratios[format!("{}_over_plain_p50", leg.name)] = json!(p50(measured) / p50(&heca));
+    }
     let outcome = Outcome {
         experiment: "fault",
         machine: machine(),
@@ -101,30 +120,63 @@ pub(super) fn run(arguments: &FaultArguments) -> anyhow::Result<()> {
             "uffd_floor": summary(&floor),
             "tcp_floor": summary(&tcp),
             "heca_remote_fault": summary(&heca),
+            "secured": secured_results,
             "pager": parts,
             "faults_per_run": arguments.faults,
             "replicas": arguments.replicas,
             "spin_us": arguments.spin_us,
             "wrong_pages": wrong,
         }),
-        ratios: json!({
-            "heca_over_floor_p50": p50(&heca) / (p50(&floor) + p50(&tcp)),
-            "p99_over_p50": p99 / p50(&heca),
-        }),
+        ratios,
     };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&outcome)?);
         return Ok(());
     }
     println!("{:<34} {:>9} {:>9}", "us, median of runs", "p50", "p99");
-    for (name, runs) in
-        [("local fault handler", &floor), ("TCP round trip, 4 KiB", &tcp), ("remote fault", &heca)]
-    {
+    let secured = legs.iter().map(|leg| leg.text).zip(&secured);
+    let all =
+        [("local fault handler", &floor), ("TCP round trip, 4 KiB", &tcp), ("remote fault", &heca)];
+    for (name, runs) in all.into_iter().chain(secured) {
         let p99 = median(runs.iter().map(|m| m.p99_us));
         println!("{name:<34} {:>9.1} {p99:>9.1}", p50(runs));
     }
     println!("ratios: {}", outcome.ratios);
     Ok(())
+}
+
+/// A way to secure what leaves the host.
+#[derive(Debug, Clone, Copy)]
+struct Leg {
+    name: &'static str,
+    text: &'static str,
+    tls: bool,
+    encrypt: bool,
+}
+
+impl Leg {
+    const PLAIN: Self = Self { name: "plain", text: "remote fault", tls: false, encrypt: false };
+    const ALL: [Self; 3] = [
+        Self { name: "tls", text: "remote fault over TLS", tls: true, encrypt: false },
+        Self { name: "sealed", text: "remote fault, sealed page", tls: false, encrypt: true },
+        Self { name: "tls_sealed", text: "remote fault, both", tls: true, encrypt: true },
+    ];
+
+    fn is_wanted(&self, arguments: &FaultArguments) -> bool {
+        (arguments.tls || !self.tls) && (arguments.encrypt || !self.encrypt)
+    }
+}
+
+/// A pool with one member, for sponsor and pager of this machine.
+fn make_identity(dir: &Path) -> anyhow::Result<std::path::PathBuf> {
+    let pool_dir = dir.join("pool");
+    let pool = heca_pki::Pool::init(&pool_dir, "bench")?;
+    let server = heca_pki::EnrolServer::start(&pool_dir, "127.0.0.1:0")?;
+    let token =
+        pool.token(&server.local_addr().to_string(), Duration::from_secs(60), Some("bench"))?;
+    let identity = dir.join("identity");
+    heca_pki::join(&token, "bench", &identity)?;
+    Ok(identity)
 }
 
 /// Resolves the target's faults from local memory.
@@ -239,31 +291,33 @@ fn read_exact(stream: &mut TcpStream, buffer: &mut [u8], spin: Duration) -> std:
 fn remote_faults(
     dir: &Path,
     arguments: &FaultArguments,
+    leg: Leg,
+    identity: Option<&Path>,
 ) -> anyhow::Result<(Measured, serde_json::Value)> {
     let ram = new_ram(dir)?;
     let offer = (PAGES * PAGE_BYTES) as u64 + heca_types::limits::EXTENT_BYTES;
     let sponsors: anyhow::Result<Vec<BenchSponsor>> = (0..arguments.replicas)
-        .map(|i| BenchSponsor::start(&dir.join(format!("s{i}")), offer, arguments.spin_us))
+        .map(|i| {
+            BenchSponsor::start(&dir.join(format!("s{i}")), offer, arguments.spin_us, identity)
+        })
         .collect();
     let sponsors = sponsors?;
     let mut target = Target::start(&ram)?;
+    let seal_key = dir.join("page.key");
+    let _ = std::fs::remove_file(&seal_key);
+    if leg.encrypt {
+        SealKey::generate()?.save(&seal_key)?;
+    }
+    let local = ByteSize((LOCAL_PAGES * PAGE_BYTES) as u64);
+    let addresses = sponsors.iter().map(|s| s.address.clone());
+    let addresses = addresses.map(|address| SponsorAddress { address, weight: 1 }).collect();
     let handle = pager::start(&PagerConfig {
-        name: "bench".to_owned(),
-        pid: target.pid(),
-        ram_file: ram,
-        region: RegionId::random(),
-        owner: OwnerId::random(),
-        epoch: Epoch(1),
-        local: ByteSize((LOCAL_PAGES * PAGE_BYTES) as u64),
         replicas: arguments.replicas,
-        sponsors: sponsors
-            .iter()
-            .map(|s| SponsorAddress { address: s.address.clone(), weight: 1 })
-            .collect(),
         eviction: arguments.eviction,
-        prefetch: true,
-        lease_ms: LEASE_MS_DEFAULT,
         spin_us: arguments.spin_us,
+        identity: identity.map(Path::to_owned),
+        seal_key: leg.encrypt.then_some(seal_key),
+        ..PagerConfig::new(target.pid(), ram, local, addresses)
     })?;
     target.order(&Order::Write { first: 0, end: PAGES })?;
     std::thread::sleep(Duration::from_millis(300));

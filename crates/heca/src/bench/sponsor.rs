@@ -14,17 +14,27 @@ pub(super) struct BenchSponsor {
 }
 
 impl BenchSponsor {
-    pub(super) fn start(dir: &Path, offer_bytes: u64, spin_us: u64) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        dir: &Path,
+        offer_bytes: u64,
+        spin_us: u64,
+        identity: Option<&Path>,
+    ) -> anyhow::Result<Self> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let address = format!("127.0.0.1:{port}");
-        let child = Command::new(std::env::current_exe()?)
-            .args(["agent", "--offer", &offer_bytes.to_string(), "--listen", &address])
+        let mut command = Command::new(std::env::current_exe()?);
+        match identity {
+            Some(identity) => command.arg("agent").arg("--identity").arg(identity),
+            None => command.args(["agent", "--plaintext"]),
+        };
+        let child = command
+            .args(["--offer", &offer_bytes.to_string(), "--listen", &address])
             .args(["--spin-us", &spin_us.to_string()])
             .arg("--run-dir")
             .arg(dir.join("run"))
             .arg("--memory-dir")
             .arg(dir.join("memory"))
-            .env("HECA_LOG", "warn")
+            .env("HECA_LOG", "error")
             .stdin(Stdio::null())
             .spawn()
             .context("start a sponsor")?;

@@ -61,10 +61,8 @@ impl Engine {
         }
         tracing::error!(vm = self.context.name, "fenced: {reason}");
         // What is still in local memory must not be changed in two places either.
-        let stopped = rustix::process::pidfd_send_signal(
-            &self.context.pidfd,
-            rustix::process::Signal::STOP,
-        );
+        let stopped =
+            rustix::process::pidfd_send_signal(&self.context.pidfd, rustix::process::Signal::STOP);
         if let Err(error) = stopped {
             tracing::error!(%error, "the fenced process is not stopped");
         }

@@ -1,0 +1,130 @@
+//! What becomes of a VM's processes: QEMU's end is the VM's, a pager's end is not.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use heca_api::VmState;
+
+use super::launch::start_pager;
+use super::process::{Process, identity, wait_any};
+use super::{EXIT_TIMEOUT, Restarts, Vm, lock};
+
+/// When a VM ends its pager may be gone first, by a little.
+const END_GAP: Duration = Duration::from_millis(20);
+/// Pause after the first attempt to start a pager that failed, and the longest.
+const RETRY_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// Watches a VM's processes until QEMU ends. A pager that ends before is replaced.
+pub(super) fn watch(vm: &Arc<Vm>) {
+    let vm = vm.clone();
+    std::thread::spawn(move || {
+        loop {
+            let (qemu, pager) = match &*lock(&vm.running) {
+                Some(running) => (running.qemu.clone(), running.pager.clone()),
+                None => return,
+            };
+            if let Some(pager) = &pager {
+                wait_any(&[&qemu, pager], Duration::from_secs(5));
+            }
+            if qemu.wait(Duration::ZERO) {
+                finish(pager.as_deref());
+                break;
+            }
+            let lost = Instant::now();
+            let pager_ended = pager.as_ref().is_none_or(|pager| pager.wait(Duration::ZERO));
+            if pager_ended && !qemu.wait(END_GAP) {
+                replace_pager(&vm, &qemu, lost);
+            }
+        }
+        end(&vm);
+    });
+}
+
+fn finish(pager: Option<&Process>) {
+    if let Some(pager) = pager
+        && !pager.wait(EXIT_TIMEOUT)
+    {
+        pager.kill();
+    }
+}
+
+/// Starts pagers until one serves, or QEMU ends.
+fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
+    let name = lock(&vm.request).name.clone();
+    tracing::error!(vm = name, "the pager is gone: the guest waits at its next fault");
+    let mut pause = RETRY_PAUSES.0;
+    loop {
+        let Some(mut record) = lock(&vm.record).clone() else { return };
+        if !enter(vm, VmState::PagerLost) {
+            return;
+        }
+        record.config.resume = true;
+        match start_pager(vm, &record.config) {
+            Ok(pager) => {
+                let pause = lost.elapsed();
+                record.config.resume = false;
+                record.pager = Some(identity(&pager));
+                if let Some(running) = &mut *lock(&vm.running) {
+                    running.pager = Some(pager);
+                } else {
+                    // The VM was stopped meanwhile.
+                    pager.kill();
+                    return;
+                }
+                if let Err(error) = vm.write_record(&record) {
+                    tracing::error!(vm = name, "not written down: {error}");
+                }
+                tracing::warn!(
+                    vm = name,
+                    pause_ms = pause.as_millis() as u64,
+                    "a new pager serves"
+                );
+                *lock(&vm.problem) = None;
+                enter(vm, VmState::Running);
+                let mut restarts = lock(&vm.restarts);
+                *restarts = Restarts { count: restarts.count + 1, pause: Some(pause) };
+                return;
+            }
+            Err(error) => {
+                let detail = error.detail.clone().unwrap_or_default();
+                if qemu.wait(pause) {
+                    return;
+                }
+                tracing::error!(vm = name, "no new pager yet: {error}: {detail}");
+                *lock(&vm.problem) = Some(format!(
+                    "the pager ended and cannot be started again: {error}. The guest waits; see {}",
+                    vm.dir.join("pager.log").display()
+                ));
+                pause = (pause * 2).min(RETRY_PAUSES.1);
+            }
+        }
+    }
+}
+
+/// Changes the state of a VM that has not ended.
+fn enter(vm: &Vm, state: VmState) -> bool {
+    let mut now = lock(&vm.state);
+    if *now == VmState::Stopped {
+        return false;
+    }
+    *now = state;
+    true
+}
+
+/// QEMU and pager ended. Done once: later the name, and with it the files, may be another VM's.
+pub(super) fn end(vm: &Vm) {
+    let mut state = lock(&vm.state);
+    if *state == VmState::Stopped {
+        return;
+    }
+    if let Ok(bytes) = fs::read(vm.pager_last())
+        && let Ok(stats) = serde_json::from_slice(&bytes)
+    {
+        *lock(&vm.last_stats) = Some(stats);
+    }
+    vm.clean_up_runtime();
+    lock(&vm.qmp).take();
+    lock(&vm.running).take();
+    *state = VmState::Stopped;
+}
