@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use heca_agent::link::{Link, LinkError};
+use heca_agent::link::{Link, LinkError, Security};
 use heca_agent::sponsor::SponsorServer;
 use heca_agent::store::Store;
 use heca_types::limits::{EXTENT_BYTES, FRAME_PAYLOAD_MAX, PAGE_BYTES};
@@ -36,7 +36,7 @@ impl Drop for Dir {
 
 fn sponsor(dir: &Dir, offer: u64) -> SponsorServer {
     let store = Store::open(&dir.0, ByteSize(offer)).unwrap();
-    SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO).unwrap()
+    SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO, Security::Plaintext).unwrap()
 }
 
 /// An entry of a reply and its data.
@@ -52,7 +52,7 @@ struct Client {
 impl Client {
     fn connect(server: &SponsorServer, role: Role) -> Self {
         let owner = OwnerId::from_bytes([9; 16]);
-        let (link, _) = Link::connect(&server.address().to_string(), role, owner).unwrap();
+        let (link, _) = Link::connect(&server.address().to_string(), role, owner, &Security::Plaintext).unwrap();
         Self { link, owner, region: RegionId::from_bytes([1; 16]), epoch: Epoch(1) }
     }
 

@@ -10,14 +10,14 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use heca_agent::link::Link;
+use heca_agent::link::{Link, Security};
 use heca_agent::pager::{self, PagerConfig, PagerHandle};
 use heca_agent::sponsor::SponsorServer;
 use heca_agent::store::Store;
 use heca_api::{EvictionChoice, PagerStats, SponsorAddress};
 use heca_lab::heca_binary;
 use heca_types::limits::PAGE_BYTES;
-use heca_types::{ByteSize, Epoch, OwnerId, PageIndex, PageVersion, RegionId};
+use heca_types::{ByteSize, PageIndex, PageVersion};
 use heca_wire::{Header, Kind, PageEntry, Role, encode_pages};
 use serde_json::{Value, json};
 
@@ -295,7 +295,7 @@ fn what_cannot_be_paged_is_refused_in_words() {
 
 /// A sponsor that forgets pages: a second client of the same owner discards them all.
 fn discard_everything(config: &PagerConfig, address: &str) {
-    let (mut link, _) = Link::connect(address, Role::WriteBack, config.owner).unwrap();
+    let (mut link, _) = Link::connect(address, Role::WriteBack, config.owner, &Security::Plaintext).unwrap();
     for first in (0..PAGES as u64).step_by(64) {
         let entries: Vec<PageEntry> =
             (first..first + 64).map(|p| PageEntry::new(PageIndex(p), PageVersion(1))).collect();
