@@ -52,7 +52,9 @@ struct Client {
 impl Client {
     fn connect(server: &SponsorServer, role: Role) -> Self {
         let owner = OwnerId::from_bytes([9; 16]);
-        let (link, _) = Link::connect(&server.address().to_string(), role, owner, &Security::Plaintext).unwrap();
+        let (link, _) =
+            Link::connect(&server.address().to_string(), role, owner, &Security::Plaintext)
+                .unwrap();
         Self { link, owner, region: RegionId::from_bytes([1; 16]), epoch: Epoch(1) }
     }
 
@@ -751,7 +753,7 @@ fn a_takeover_waits_for_no_pull_and_the_pull_stores_nothing_after_it() {
     let source = listener.local_addr().unwrap().to_string();
     let (go, gone) = std::sync::mpsc::channel::<()>();
     let fake = std::thread::spawn(move || {
-        let mut link = Link::new(listener.accept().unwrap().0).unwrap();
+        let mut link = Link::accept(listener.accept().unwrap().0, &Security::Plaintext).unwrap();
         let mut wait = || loop {
             if let Some((header, _)) = link.next_frame().unwrap() {
                 break header;

@@ -2,144 +2,26 @@
 //! verified by several writers at a time.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use heca_agent::link::{Link, Security};
-use heca_agent::pager::{self, PagerConfig, PagerHandle};
+use heca_agent::pager::{self, PagerConfig};
 use heca_agent::sponsor::SponsorServer;
 use heca_agent::store::Store;
-use heca_api::{EvictionChoice, PagerStats, SponsorAddress};
-use heca_lab::heca_binary;
+use heca_api::{EvictionChoice, PagerStats};
 use heca_types::limits::PAGE_BYTES;
 use heca_types::{ByteSize, PageIndex, PageVersion};
 use heca_wire::{Header, Kind, PageEntry, Role, encode_pages};
-use serde_json::{Value, json};
+use serde_json::json;
 
-const PAGES: usize = 16_384;
-const LOCAL: ByteSize = ByteSize(16 << 20);
-
-/// One test at a time: they share two processors, and one of them turns swap on.
-static SERIAL: Mutex<()> = Mutex::new(());
-
-/// A directory on tmpfs with sponsors and a RAM file; all of it goes away at the end.
-struct Bench {
-    dir: PathBuf,
-    sponsors: Vec<Option<SponsorServer>>,
-    _serial: MutexGuard<'static, ()>,
-}
-
-impl Bench {
-    fn new(name: &str, sponsors: usize) -> Self {
-        let serial = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
-        let dir = Path::new("/dev/shm").join(format!("heca-test-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let mut bench = Self { dir, sponsors: Vec::new(), _serial: serial };
-        for i in 0..sponsors {
-            let store = Store::open(&bench.dir.join(format!("s{i}")), ByteSize(1 << 30)).unwrap();
-            let server =
-                SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO, Security::Plaintext)
-                    .unwrap();
-            bench.sponsors.push(Some(server));
-        }
-        File::create_new(bench.ram()).unwrap().set_len((PAGES * PAGE_BYTES) as u64).unwrap();
-        bench
-    }
-
-    fn ram(&self) -> PathBuf {
-        self.dir.join("ram")
-    }
-
-    fn config(&self, pid: i32, replicas: usize, eviction: EvictionChoice) -> PagerConfig {
-        let addresses = self.sponsors.iter().flatten().map(|s| s.address().to_string());
-        PagerConfig {
-            replicas,
-            eviction,
-            lease_ms: 60_000,
-            rebuild_after_ms: 500,
-            ..PagerConfig::new(
-                pid,
-                self.ram(),
-                LOCAL,
-                addresses.map(|address| SponsorAddress { address, weight: 1 }).collect(),
-            )
-        }
-    }
-
-    fn regions(&self) -> u64 {
-        self.sponsors.iter().flatten().map(|s| s.store().usage().regions).sum()
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        self.sponsors.clear();
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// The process whose memory is paged.
-struct Target {
-    child: Child,
-    input: Option<ChildStdin>,
-    output: BufReader<ChildStdout>,
-}
-
-impl Target {
-    fn start(ram: &Path) -> Self {
-        let mut child = Command::new(heca_binary().unwrap())
-            .args(["bench-target", "--file"])
-            .arg(ram)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let input = child.stdin.take();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        output.read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n");
-        Self { child, input, output }
-    }
-
-    fn pid(&self) -> i32 {
-        self.child.id() as i32
-    }
-
-    fn ask(&mut self, order: &Value) {
-        let input = self.input.as_mut().unwrap();
-        writeln!(input, "{order}").unwrap();
-        input.flush().unwrap();
-    }
-
-    fn answer(&mut self) -> Value {
-        let mut line = String::new();
-        self.output.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap()
-    }
-
-    fn hammer(&mut self, ms: u64, seed: u64) -> Value {
-        self.ask(&json!({ "Hammer": { "threads": 3, "ms": ms, "seed": seed } }));
-        self.answer()
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        self.input.take();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn start(config: &PagerConfig) -> PagerHandle {
-    pager::start(config).unwrap_or_else(|error| panic!("{error}: {error:?}"))
-}
+use common::{Bench, LOCAL, PAGES, Target, start};
 
 fn error_of(config: &PagerConfig) -> heca_api::ApiError {
     match pager::start(config) {
@@ -288,14 +170,15 @@ fn what_cannot_be_paged_is_refused_in_words() {
 
     assert_eq!(bench.regions(), 0, "nothing is left behind by what was refused");
     let handle = start(&good);
-    assert_eq!(error_of(&good).code, "register-failed", "one pager at a time");
+    assert_eq!(error_of(&good).code, "pager-before", "one pager at a time");
     drop(target);
     handle.finish();
 }
 
 /// A sponsor that forgets pages: a second client of the same owner discards them all.
 fn discard_everything(config: &PagerConfig, address: &str) {
-    let (mut link, _) = Link::connect(address, Role::WriteBack, config.owner, &Security::Plaintext).unwrap();
+    let (mut link, _) =
+        Link::connect(address, Role::WriteBack, config.owner, &Security::Plaintext).unwrap();
     for first in (0..PAGES as u64).step_by(64) {
         let entries: Vec<PageEntry> =
             (first..first + 64).map(|p| PageEntry::new(PageIndex(p), PageVersion(1))).collect();

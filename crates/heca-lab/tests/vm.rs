@@ -34,7 +34,7 @@ impl Rig {
         let mut lab = Lab::new(3).unwrap();
         lab.host(1).start_agent(&AgentOptions::default()).unwrap();
         for number in [2, 3] {
-            let options = AgentOptions { offer: offer.to_owned(), arguments: Vec::new() };
+            let options = AgentOptions { offer: offer.to_owned(), ..AgentOptions::default() };
             lab.host(number).start_agent(&options).unwrap();
         }
         let initrd = lab.dir().join("initrd");
