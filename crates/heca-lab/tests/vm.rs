@@ -195,22 +195,37 @@ fn killing_qemu_frees_the_sponsors_and_leaves_nothing() {
 }
 
 #[test]
-fn a_pager_that_dies_stops_the_guest_and_never_feeds_it_zeros() {
+fn a_pager_that_dies_is_replaced_and_the_guest_loses_nothing() {
     let mut rig = Rig::new("512M");
     rig.start("g");
     let info = rig.wait("remote memory", 120, |info| {
         info.pager.as_ref().is_some_and(|stats| stats.gauges.remote_pages > 1000)
     });
-    let pager = info.pager_pid.unwrap();
-    kill_process(Pid::from_raw(pager).unwrap(), Signal::KILL).unwrap();
-    let info = rig.wait("notice of it", 15, |info| info.state == VmState::PagerLost);
-    assert!(info.problem.as_ref().unwrap().contains("pager.log"));
-    assert!(is_alive(info.qemu_pid.unwrap()));
-    std::thread::sleep(Duration::from_secs(2));
+    let (qemu, first) = (info.qemu_pid.unwrap(), info.pager_pid.unwrap());
+    kill_process(Pid::from_raw(first).unwrap(), Signal::KILL).unwrap();
+    let info = rig.wait("the next pager", 15, |info| {
+        info.state == VmState::Running && info.pager_restarts == 1 && info.pager.is_some()
+    });
+    assert!(info.pager_pid != Some(first) && info.pager_pause_ms.is_some(), "{info:?}");
+    assert_eq!((info.qemu_pid, info.problem), (Some(qemu), None));
+    // The agent and the pager at once: the next agent finds the VM without a pager.
+    rig.lab.host(1).kill_agent();
+    kill_process(Pid::from_raw(info.pager_pid.unwrap()).unwrap(), Signal::KILL).unwrap();
+    rig.lab.host(1).start_agent(&AgentOptions::default()).unwrap();
+    let info = rig.wait("the pager after that", 15, |info| {
+        info.state == VmState::Running && info.pager.as_ref().is_some_and(|stats| stats.resumed)
+    });
+    assert_eq!(info.qemu_pid, Some(qemu));
+    let info = rig.wait("end of the memory test", 240, |info| {
+        assert_ne!(info.state, VmState::Stopped, "{:?}", info.problem);
+        console(info).contains("guest: end")
+    });
     let text = console(&info);
-    assert!(!text.contains("WRONG") && !text.contains("Kernel panic"), "{text}");
+    assert!(text.contains("\"wrong_bytes\":0") && !text.contains("Kernel panic"), "{text}");
+    assert_eq!(info.pager.unwrap().counters.poisoned_pages, 0);
     rig.lab.host(1).heca_ok(&["vm", "stop", "g", "--now"]).unwrap();
-    wait_until_gone(&[info.qemu_pid.unwrap()]);
+    wait_until_gone(&[qemu]);
+    rig.wait_for_regions(0);
     assert_eq!(rig.memory_files(), Vec::<PathBuf>::new());
 }
 
@@ -340,6 +355,7 @@ fn a_qemu_without_shared_memory_is_refused_with_the_line_to_change() {
         .host(1)
         .heca(&[
             "attach",
+            "--plaintext",
             "--pid",
             &pid,
             "--file",
@@ -401,7 +417,18 @@ fn ctrl_c_detaches_from_a_process_that_goes_on() {
         .lab
         .host(1)
         .command(&heca_binary().unwrap())
-        .args(["attach", "--pid", &pid, "--file", &file, "--local", "16M", "--watch", "--json"])
+        .args([
+            "attach",
+            "--plaintext",
+            "--pid",
+            &pid,
+            "--file",
+            &file,
+            "--local",
+            "16M",
+            "--watch",
+            "--json",
+        ])
         .args(["--sponsor", &sponsors[0], "--sponsor", &sponsors[1]])
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

@@ -386,6 +386,9 @@ impl Evictor {
                 .fetch_add(std::mem::take(&mut lane.link.bytes_received), Ordering::Relaxed);
             let flushed =
                 if lane.link.has_output() { lane.link.flush().map(|_| ()) } else { Ok(()) };
+            if stored > 0 {
+                self.context.remote.note_stored(sponsor);
+            }
             busy |= !events.is_empty();
             self.report(events);
             if let Err(error) = outcome.and(flushed) {

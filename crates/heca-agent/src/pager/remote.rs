@@ -14,6 +14,7 @@ use heca_types::{ExtentIndex, StoreId};
 use heca_wire::{Body, Header, Kind, Open, Role, encode_open, encode_release};
 
 use super::PagerConfig;
+use super::start::STORED;
 use crate::link::{Link, LinkError, Security};
 
 pub(super) const TIMEOUT: Duration = Duration::from_millis(CONNECT_TIMEOUT_MS);
@@ -131,7 +132,8 @@ impl Remote {
             if config.resume {
                 let known = journal.store(i as u8);
                 *lock(&peer.store) = (known != [0; 16]).then(|| StoreId::from_bytes(known));
-                peer.expects_pages.store(true, Ordering::Relaxed);
+                let stored = journal.number(STORED) >> i & 1 == 1;
+                peer.expects_pages.store(stored, Ordering::Relaxed);
             }
             Arc::new(peer)
         });
@@ -280,6 +282,14 @@ impl Remote {
         let peer = self.peer(position);
         peer.expects_pages.store(false, Ordering::Relaxed);
         peer.traffic.pages_stored.store(0, Ordering::Relaxed);
+    }
+
+    /// A sponsor acknowledged pages: it must have some from here on.
+    pub(super) fn note_stored(&self, sponsor: u8) {
+        let stored = self.0.journal.number(STORED);
+        if stored >> sponsor & 1 == 0 {
+            self.0.journal.set_number(STORED, stored | 1 << sponsor);
+        }
     }
 
     pub(super) fn traffic(&self, sponsor: u8) -> Arc<Traffic> {

@@ -32,7 +32,8 @@ use crate::seal::{SealKey, Sealer};
 const REMOTE_FD: usize = 0;
 const WRITE_PROTECT: usize = 1;
 const OWNER_PID: usize = 2;
-const BUDGET_PAGES: usize = 3;
+/// One bit for each sponsor that ever acknowledged a page.
+pub(super) const STORED: usize = 3;
 
 /// Where a pager keeps what its successor must know: beside the RAM file, and so on tmpfs.
 #[must_use]
@@ -97,9 +98,6 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
         return Err(ApiError::new("eviction-unusable", text).hint("turn swap off: `swapoff -a`"));
     }
     journal.set_number(WRITE_PROTECT, u64::from(protection == Protection::WriteProtect));
-    if !config.resume {
-        journal.set_number(BUDGET_PAGES, budget_pages);
-    }
     let ram = Arc::new(preflight::open_ram(&config.ram_file, &target)?);
 
     let mut core = Pager::new(Config {
