@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
 
-use heca_api::{PagerStats, Quantiles};
+use heca_api::{PagerStats, Quantiles, VmInfo};
 use heca_types::limits::PAGE_BYTES;
 
 use crate::sponsor::SponsorServer;
@@ -74,6 +74,13 @@ impl Text {
         }
         let about = ("gauge", "Pages whose content is lost.");
         self.add("heca_poisoned_pages", about, &[domain], gauges.poisoned_pages as f64);
+        let about = ("gauge", "Extents that lack a replica.");
+        self.add("heca_degraded_extents", about, &[domain], gauges.degraded_extents as f64);
+        let about = ("gauge", "Extents with a replica on a sponsor that wants to be rid of it.");
+        self.add("heca_leaving_extents", about, &[domain], gauges.leaving_extents as f64);
+        let about = ("gauge", "Whether the VM's memory has a newer owner.");
+        let fenced = f64::from(u8::from(stats.fenced.is_some()));
+        self.add("heca_fenced", about, &[domain], fenced);
         self.pager_counters(stats, domain);
         self.pager_latency(stats, domain);
         for sponsor in &stats.sponsors {
@@ -86,6 +93,17 @@ impl Text {
                 let about = ("counter", "Bytes on the wire between pager and sponsor.");
                 self.add("heca_wire_bytes_total", about, &labels, count as f64);
             }
+        }
+    }
+
+    /// Adds what the agent knows of a VM.
+    pub fn vm(&mut self, info: &VmInfo) {
+        let domain = ("domain", info.name.as_str());
+        let about = ("counter", "Times that the VM's pager had to be started again.");
+        self.add("heca_pager_restarts_total", about, &[domain], info.pager_restarts as f64);
+        if let Some(pause) = info.pager_pause_ms {
+            let about = ("gauge", "Time without a pager at the last restart.");
+            self.add("heca_pager_pause_seconds", about, &[domain], pause / 1e3);
         }
     }
 
@@ -113,7 +131,11 @@ impl Text {
             let about = ("counter", "Pages taken out of use.");
             self.add("heca_evicted_pages_total", about, &[domain, ("kind", kind)], count as f64);
         }
-        let about = ("counter", "Replies with a wrong checksum.");
+        let about = ("counter", "Reads that were asked of a second replica.");
+        self.add("heca_hedged_reads_total", about, &[domain], counters.hedged_fetches as f64);
+        let about = ("counter", "Pages copied between sponsors to regain redundancy.");
+        self.add("heca_rebuilt_pages_total", about, &[domain], counters.rebuilt_pages as f64);
+        let about = ("counter", "Pages that came back altered.");
         self.add("heca_corrupt_replies_total", about, &[domain], counters.corrupt_replies as f64);
         let about = ("counter", "Processor time used by the pager.");
         self.add("heca_pager_cpu_seconds_total", about, &[domain], stats.cpu_s);
@@ -147,6 +169,13 @@ impl Text {
         {
             let about = ("gauge", "Memory that this host sponsors.");
             self.add("heca_sponsor_memory_bytes", about, &[("state", state)], bytes as f64);
+        }
+        for (state, on) in
+            [("draining", server.store().is_draining()), ("pressed", server.store().is_pressed())]
+        {
+            let about = ("gauge", "Whether this host wants to be rid of what it sponsors.");
+            let on = f64::from(u8::from(on));
+            self.add("heca_sponsor_leaving", about, &[("state", state)], on);
         }
         let about = ("gauge", "Regions that this host sponsors.");
         self.add("heca_sponsor_regions", about, &[], usage.regions as f64);

@@ -167,8 +167,10 @@ async fn metrics(State(agent): State<Shared>) -> String {
         text.sponsor(server);
     }
     for name in agent.vms().names() {
-        if let Ok(VmInfo { pager: Some(stats), .. }) = agent.vms().info(&name).await {
-            text.pager(&stats);
+        let Ok(info) = agent.vms().info(&name).await else { continue };
+        text.vm(&info);
+        if let Some(stats) = &info.pager {
+            text.pager(stats);
         }
     }
     text.finish()

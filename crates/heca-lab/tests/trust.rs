@@ -479,3 +479,55 @@ fn no_lie_gets_through_to_sealed_memory() {
 fn a_checksum_alone_notices_what_is_not_on_purpose() {
     read_from_a_liar(&[Lie::Flip], false);
 }
+
+/// A tmpfs of its own; unmounted when dropped.
+struct SmallTmpfs(std::path::PathBuf);
+
+impl SmallTmpfs {
+    fn mount(path: std::path::PathBuf, options: &str) -> Self {
+        std::fs::create_dir_all(&path).unwrap();
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(&path)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        Self(path)
+    }
+}
+
+impl Drop for SmallTmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_host_that_runs_short_gives_its_extents_to_others_before_it_is_full() {
+    let mut bench = Bench::new("pressure", 2);
+    let small = SmallTmpfs::mount(bench.dir.join("small"), "size=160m");
+    let store = heca_agent::store::Store::open(&small.0, heca_types::ByteSize(1 << 30)).unwrap();
+    let security = Security::Plaintext;
+    let server =
+        heca_agent::sponsor::SponsorServer::start(store, "127.0.0.1:0", Duration::ZERO, security)
+            .unwrap();
+    let store = server.store().clone();
+    bench.sponsors.insert(0, Some(server));
+    let period = Duration::from_millis(50);
+    let _watch = heca_agent::pressure::spawn(store.clone(), 48 << 20, period).unwrap();
+    let mut target = Target::start(&bench.ram());
+    let handle = start(&bench.config(target.pid(), 2, EvictionChoice::Auto));
+    target.ask(&json!({ "Hammer": { "threads": 3, "ms": 4000, "seed": 2 } }));
+    wait_for(&handle, "stored pages", |s| s.sponsors[0].pages_stored > 1000);
+    assert!(!store.is_pressed());
+    // Somebody else on that host takes memory.
+    std::fs::write(small.0.join("filler"), vec![1u8; 80 << 20]).unwrap();
+    wait_for(&handle, "pressure", |s| s.sponsors[0].extents == 0 && s.gauges.leaving_extents == 0);
+    assert_eq!(target.answer()["wrong"], 0);
+    let stats = handle.stats().unwrap();
+    assert_eq!((stats.gauges.degraded_extents, stats.counters.store_failures), (0, 0));
+    std::fs::remove_file(small.0.join("filler")).unwrap();
+    drop(target);
+    handle.finish();
+    drop(bench.sponsors.remove(0));
+}

@@ -113,6 +113,22 @@ pub fn print_pager(stats: &PagerStats) {
         stats.eviction,
         stats.rates.evictions
     );
+    println!(
+        "hedged      {} reads ({} answered first by the second replica)",
+        counters.hedged_fetches, counters.hedges_won
+    );
+    println!(
+        "redundancy  {} of {} extents lack a replica, {} are to move; {} pages copied, {} extents \
+         rebuilt",
+        gauges.degraded_extents,
+        gauges.extents,
+        gauges.leaving_extents,
+        counters.rebuilt_pages,
+        counters.rebuilt_extents
+    );
+    if counters.corrupt_replies > 0 {
+        println!("ALTERED     {} pages came back altered", counters.corrupt_replies);
+    }
     println!("remote fault latency, us          p50        p99        max");
     let latency = &stats.latency;
     for (part, quantiles) in [
@@ -136,6 +152,7 @@ pub fn print_pager(stats: &PagerStats) {
             ByteSize(sponsor.bytes_sent).to_string(),
             match &sponsor.down_reason {
                 Some(reason) => format!("  DOWN: {reason}"),
+                None if sponsor.up && sponsor.leaving => "  leaving".to_owned(),
                 None if sponsor.up => String::new(),
                 None => "  DOWN".to_owned(),
             }
@@ -157,6 +174,15 @@ pub fn print_vm(info: &VmInfo) {
     if let Some(problem) = &info.problem {
         println!("PROBLEM     {problem}");
     }
+    if info.encrypted {
+        println!("sealed      sponsors see no plaintext");
+    }
+    if let Some(pause) = info.pager_pause_ms {
+        println!(
+            "pager       started again {} times, the last time after {pause:.0} ms",
+            info.pager_restarts
+        );
+    }
     println!("console     {}", info.console.display());
     if let Some(stats) = &info.pager {
         print_pager(stats);
@@ -167,7 +193,7 @@ fn state(info: &VmInfo) -> &'static str {
     match info.state {
         heca_api::VmState::Starting => "starting",
         heca_api::VmState::Running => "running",
-        heca_api::VmState::PagerLost => "standing still, its pager is gone",
+        heca_api::VmState::PagerLost => "waiting for a new pager",
         heca_api::VmState::Stopped => "stopped",
     }
 }
