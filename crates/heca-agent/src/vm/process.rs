@@ -62,8 +62,15 @@ impl Process {
         };
         let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
         let ended = matches!(poll(&mut fds, Some(&timeout)), Ok(1));
-        if ended && let Some(mut child) = lock(&self.child).take() {
-            let _ = child.wait();
+        if ended {
+            match lock(&self.child).take() {
+                Some(mut child) => drop(child.wait()),
+                // Perhaps a child of this very process before it became another program.
+                None => {
+                    let pid = rustix::process::Pid::from_raw(self.pid);
+                    let _ = rustix::process::waitpid(pid, rustix::process::WaitOptions::NOHANG);
+                }
+            }
         }
         ended
     }
