@@ -340,7 +340,7 @@ impl Pager {
         self.held[usize::from(sponsor)] += 1;
         r.copying = true;
         self.rebuild = Some(r);
-        if self.up >> old & 1 == 0 {
+        if self.up >> old & 1 == 0 && self.rest_is_complete(extent, position) {
             // It is away: its place is taken at once.
             self.drop_replica(extent, position, out);
         }
@@ -381,11 +381,20 @@ impl Pager {
         self.counters.rebuild_failures += 1;
         self.pause();
         let set = self.config.layout.replicas(r.extent);
-        let spare = set.position(r.to).filter(|_| set.count() > self.config.replicas);
+        let spare = set.position(r.to).filter(|&position| {
+            // It got every write: while the others have gaps, it may be the only one with a page.
+            set.count() > self.config.replicas && self.rest_is_complete(r.extent, position)
+        });
         if let (true, Some(position)) = (r.copying, spare) {
             self.drop_replica(r.extent, position, out);
             self.release(r.extent, r.to, out);
         }
+    }
+
+    /// Whether a replica beside this one has no gap.
+    fn rest_is_complete(&self, extent: ExtentIndex, position: u8) -> bool {
+        let all = self.config.layout.replicas(extent).all();
+        all & !(1 << position) & !self.stale[extent.0 as usize] != 0
     }
 
     /// A sponsor went away.
