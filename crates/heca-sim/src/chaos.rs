@@ -6,7 +6,8 @@ use heca_types::{Epoch, PageVersion};
 
 use crate::history::What;
 use crate::network::{
-    EPOCH_FIRST, Node, PullStart, Request, Stored, open_request, region, region_id,
+    CONTROL, EPOCH_FIRST, Node, PULLS, PullStart, Request, Stored, WRITEBACK, open_request, region,
+    region_id,
 };
 use crate::oracle::Check;
 use crate::params::{BUDGET_MAX, BUDGET_MIN, SPONSORS_DRAWN_MAX};
@@ -152,7 +153,7 @@ impl World {
     }
 
     /// The process of a sponsor starts again if it died, and the pager connects to it.
-    fn restart(&mut self, sponsor: usize) {
+    pub(crate) fn restart(&mut self, sponsor: usize) {
         if self.nodes[sponsor].up {
             return;
         }
@@ -254,7 +255,8 @@ impl World {
         let others = |s: &usize| *s != sponsor && self.nodes[*s].up;
         let enough = (0..self.nodes.len()).filter(others).count() >= self.params.replicas;
         let told = self.nodes.iter().all(|node| !node.emptied_untold);
-        if !(enough && told) {
+        // A target that just became complete may be the only one, too.
+        if !(enough && told) || self.pager.is_rebuilding() {
             return None;
         }
         let layout = self.pager.layout();
@@ -313,7 +315,7 @@ impl World {
     /// One connection hangs while the others go on.
     fn freeze_lane(&mut self, sponsor: usize) {
         self.stats.mark(Mark::LaneFrozen);
-        let lane = self.rng.below(self.nodes[sponsor].lanes.len());
+        let lane = self.rng.pick(&[0, 0, 1, WRITEBACK, CONTROL, PULLS, PULLS]);
         let until = self.tick + self.rng.range(50, 3000) as u64;
         self.nodes[sponsor].lanes[lane].frozen_until = until;
     }

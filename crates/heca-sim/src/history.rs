@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use heca_core::pager::{Action, Event, FaultKind};
 use heca_core::placement::ReplicaSet;
 
-const RECORDS_MAX: usize = 200_000;
-const LINES_MAX: usize = 40;
+const RECORDS_MAX: usize = 400_000;
+const LINES_MAX: usize = 60;
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum What {
@@ -148,7 +148,7 @@ impl What {
                 format!("sponsor {sponsor}   forgets extent {extent}: {ok}")
             }
             Self::PullRead { from, to, version, value } => {
-                format!("sponsor {from}   read version {version} for {to}: {value:#x?}")
+                format!("sponsor {from}   read version {version} for {to}: {value:x?}")
             }
             Self::Extent { extent, set, stale } => {
                 format!("journal     extent {extent} on {:?}, gaps {stale:#b}", set.sponsors())

@@ -21,7 +21,9 @@ impl World {
         let Some(sponsor) = order.find(|&s| self.nodes[s].can_move(self.tick)) else {
             return Ok(());
         };
-        if !self.nodes[sponsor].pulling.is_empty() && self.rng.one_in(2) {
+        let node = &self.nodes[sponsor];
+        let frozen = node.lanes[PULLS].frozen_until > self.tick;
+        if !node.pulling.is_empty() && !frozen && self.rng.one_in(2) {
             for _ in 0..self.rng.range(1, PULLS_PER_STEP) {
                 self.finish_pull(sponsor);
             }

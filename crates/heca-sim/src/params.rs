@@ -101,12 +101,14 @@ impl Params {
         let extents = rng.range(2, 3) as u64;
         let pages = (extents - 1) * EXTENT_PAGES + 500;
         let slots = draw_slots(rng, pages);
-        let budget = (slots.len() / rng.range(2, 6)).clamp(BUDGET_MIN, BUDGET_MAX);
+        let divisor = if scenario == Scenario::Failover { 10 } else { rng.range(2, 6) };
+        let budget = (slots.len() / divisor).clamp(BUDGET_MIN, BUDGET_MAX);
         let first = scenario.sponsors_first(rng);
         let sponsors = (first + rng.below(4)).min(SPONSORS_DRAWN_MAX);
         let zap = rng.one_in(2);
         let mut rates = draw_rates(rng);
         scenario.adjust(&mut rates, rng);
+        let chaos = if scenario == Scenario::Failover { 8 } else { 2 };
         Self {
             pages,
             slots,
@@ -126,7 +128,7 @@ impl Params {
                 pager: rng.range(4, 16),
                 evictor: rng.range(2, 10),
                 network: rng.range(2, 16),
-                chaos: rng.range(2, 5),
+                chaos: rng.range(chaos, chaos + 3),
             },
             rates,
             restore: rng.one_in(2),

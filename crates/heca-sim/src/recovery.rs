@@ -54,9 +54,16 @@ impl World {
 
     /// Counts down to the crash. `next` is the action that is about to be carried out.
     pub(crate) fn dies_at(&mut self, next: Option<Action>) -> bool {
+        if self.actions_left.is_none() {
+            return false;
+        }
+        // Points of which there are few.
+        let rare = matches!(next, Some(Action::Fill { .. } | Action::Extent { .. }));
+        if rare && self.rng.one_in(2) {
+            self.actions_left = Some(0);
+        }
         match &mut self.actions_left {
-            None => return false,
-            Some(0) => {}
+            None | Some(0) => {}
             Some(left) => {
                 *left -= 1;
                 return false;

@@ -87,7 +87,11 @@ impl World {
                 return fail(RB_1, self.page(slot), detail);
             }
         }
-        self.nodes[usize::from(sponsor)].missed[extent.0 as usize] = false;
+        // Before the pager knows that it is up, what is on its way to the others may end without it.
+        let up = |event: Event| matches!(event, Event::SponsorUp { sponsor: s } if s == sponsor);
+        if !self.inbox.iter().any(|note| up(note.event)) {
+            self.nodes[usize::from(sponsor)].missed[extent.0 as usize] = false;
+        }
         Ok(())
     }
 
@@ -201,8 +205,12 @@ impl World {
                 if self.tick >= end {
                     let (set, stale) = self.known[number];
                     let detail = format!(
-                        "extent {number} sits on {:?}, stale {stale:#b}; rebuilding: {}",
+                        "extent {number} sits on {:?}, stale {stale:#b}, {} wanted; up {:?}, \
+                         leaving {:?}; rebuilding: {}",
                         set.sponsors(),
+                        self.params.replicas,
+                        self.nodes.iter().map(|n| u8::from(n.up)).collect::<Vec<_>>(),
+                        self.nodes.iter().map(|n| u8::from(n.leaving)).collect::<Vec<_>>(),
                         self.pager.is_rebuilding()
                     );
                     return fail(RB_2, None, detail);

@@ -297,6 +297,7 @@ impl World {
 
     fn restore(&mut self) -> Check {
         self.stats.mark(Mark::Restore);
+        (0..self.nodes.len()).for_each(|sponsor| self.restart(sponsor));
         self.accesses = self.params.restore_accesses;
         self.deliver(Event::Restore.into())?;
         let end = self.tick + RESTORE_TICKS;

@@ -95,6 +95,8 @@ pub struct Pager {
     pub(super) rebuild_pause: u64,
     /// Extent where the next look begins.
     pub(super) rebuild_cursor: u32,
+    /// Extents whose last rebuild lacked a source for a page.
+    pub(super) rebuild_failed: Vec<ExtentIndex>,
     pub(super) attempt: u32,
     pub(super) ticks: u64,
     /// Extents whose record is to be written down.
@@ -145,6 +147,7 @@ impl Pager {
             rebuild: None,
             rebuild_pause: PAUSE_AT_START,
             rebuild_cursor: 0,
+            rebuild_failed: Vec::new(),
             attempt: 0,
             ticks: 0,
             changed: Vec::new(),

@@ -156,6 +156,7 @@ impl Pager {
             let all = r.looked_at == EXTENT_PAGES && r.again.is_empty();
             if all && (r.in_flight.is_empty() || early) {
                 if r.failed && !early {
+                    self.rebuild_failed.push(r.extent);
                     self.rebuild = Some(r);
                     self.abort_rebuild(out);
                 } else {
@@ -202,7 +203,13 @@ impl Pager {
                 | State::Fetching => {}
             }
             let Some(from) = self.source(r.extent, r.to, tries) else {
-                r.failed = true;
+                if p.state == State::Standby {
+                    // The copies went bad, but the page is here: it is stored anew.
+                    self.standby.remove(&mut self.links, page.0);
+                    self.make_resident(page, DIRTY);
+                } else {
+                    r.failed = true;
+                }
                 continue;
             };
             r.in_flight.insert(number, tries);
@@ -227,11 +234,19 @@ impl Pager {
         self.pause();
         let extents = self.config.layout.len();
         let from = self.rebuild_cursor;
-        for urgent in [true, false] {
-            for number in (from..extents).chain(0..from) {
-                if self.up != 0 && self.plan_extent(ExtentIndex(number), urgent, out) {
-                    self.rebuild_cursor = number;
-                    return;
+        // Those that lacked a source come last: they must not keep the others waiting.
+        for again in [false, true] {
+            for urgent in [true, false] {
+                for number in (from..extents).chain(0..from) {
+                    let failed = self.rebuild_failed.contains(&ExtentIndex(number));
+                    if failed == again
+                        && self.up != 0
+                        && self.plan_extent(ExtentIndex(number), urgent, out)
+                    {
+                        self.rebuild_cursor = number;
+                        self.rebuild_failed.retain(|&e| e != ExtentIndex(number));
+                        return;
+                    }
                 }
             }
         }
@@ -246,10 +261,14 @@ impl Pager {
         let complete = up & !stale;
         if set.count() > self.config.replicas {
             // A move that was interrupted.
+            // What has gaps and will not be filled, or is not coming back, is of no use beside a
+            // complete one, and would keep the extent from another target.
+            let hopeless = stale & (leaving | !up) | Self::mask_of(set, self.lost) & !up;
             let spare = (0..set.count()).find(|&p| {
                 let useless = (stale | leaving | !up) >> p & 1 == 1;
                 let rest = (complete & !(1 << p)).count_ones();
-                useless && rest >= u32::from(self.config.replicas)
+                let enough = rest >= u32::from(self.config.replicas);
+                useless && enough || hopeless >> p & 1 == 1 && rest > 0
             });
             if let Some(position) = spare {
                 let sponsor = set.sponsors()[usize::from(position)];
@@ -259,13 +278,13 @@ impl Pager {
             }
         }
         if urgent {
-            let in_place = (0..set.count()).find(|&p| (stale & up) >> p & 1 == 1);
+            // One that is to leave is filled only if there is no complete one to move from.
+            let fill = stale & up & if complete == 0 { 0xf } else { !leaving };
+            let in_place = (0..set.count()).find(|&p| fill >> p & 1 == 1);
             if let Some(position) = in_place.filter(|&p| up & !(1 << p) != 0) {
                 let to = set.sponsors()[usize::from(position)];
-                if self.leaving >> to & 1 == 0 {
-                    self.begin(extent, to, None, true);
-                    return true;
-                }
+                self.begin(extent, to, None, true);
+                return true;
             }
         }
         let gone = if urgent { Self::mask_of(set, self.lost) & !up } else { leaving & up };
