@@ -217,6 +217,7 @@ impl Pager {
 
     /// Takes one event and appends what is to be done.
     pub fn step(&mut self, event: Event, out: &mut Vec<Action>) {
+        let begin = out.len();
         match event {
             Event::Fault { page, kind } => self.fault(page, kind, out),
             Event::Fetched { page, version, sponsor } => self.fetched(page, version, sponsor, out),
@@ -285,7 +286,10 @@ impl Pager {
         self.serve_stalled(out);
         self.balance(out);
         self.restore_more(out);
-        out.extend(self.changed.drain(..).map(|extent| Action::Extent { extent }));
+        // First: a crash amid the actions must not leave a record that promises what a later one
+        // of them takes away.
+        let changed = self.changed.drain(..).map(|extent| Action::Extent { extent });
+        out.splice(begin..begin, changed);
     }
 
     pub(super) fn page(&mut self, page: PageIndex) -> &mut Page {

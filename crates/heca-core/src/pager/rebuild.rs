@@ -234,20 +234,26 @@ impl Pager {
         self.pause();
         let extents = self.config.layout.len();
         let from = self.rebuild_cursor;
-        // Those that lacked a source come last: they must not keep the others waiting.
-        for again in [false, true] {
-            for urgent in [true, false] {
-                for number in (from..extents).chain(0..from) {
-                    let failed = self.rebuild_failed.contains(&ExtentIndex(number));
-                    if failed == again
-                        && self.up != 0
-                        && self.plan_extent(ExtentIndex(number), urgent, out)
-                    {
-                        self.rebuild_cursor = number;
-                        self.rebuild_failed.retain(|&e| e != ExtentIndex(number));
-                        return;
-                    }
+        if self.up == 0 {
+            return;
+        }
+        for urgent in [true, false] {
+            for number in (from..extents).chain(0..from) {
+                let extent = ExtentIndex(number);
+                let failed = self.rebuild_failed.contains(&extent);
+                if !failed && self.plan_extent(extent, urgent, out) {
+                    self.rebuild_cursor = number;
+                    return;
                 }
+            }
+        }
+        // Those that lacked a source must not keep others waiting: they come last, in turn.
+        for extent in std::mem::take(&mut self.rebuild_failed) {
+            let begun = self.rebuild.is_some();
+            if begun {
+                self.rebuild_failed.push(extent);
+            } else if !self.plan_extent(extent, true, out) {
+                self.plan_extent(extent, false, out);
             }
         }
     }
