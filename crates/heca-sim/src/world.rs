@@ -368,9 +368,6 @@ impl World {
                     self.stats.mark(Mark::EarlierFetch);
                 }
             }
-            Event::SponsorEmptied { sponsor } => {
-                self.nodes[usize::from(sponsor)].emptied_untold = false;
-            }
             _ => {}
         }
     }
@@ -410,6 +407,10 @@ impl World {
             if let Some(page) = action_page(action) {
                 self.step(Event::Installed { page, what, result }, &mut queue)?;
             }
+        }
+        if let Event::SponsorEmptied { sponsor } = note.event {
+            // Whoever tells the pager knows that it wrote that down.
+            self.nodes[usize::from(sponsor)].emptied_untold = false;
         }
         Ok(())
     }

@@ -26,6 +26,9 @@ pub(super) enum State {
 /// Ticks before the first look for extents to rebuild.
 const PAUSE_AT_START: u64 = 2;
 
+/// Ticks between two looks at faults that wait for a sponsor.
+const BLOCKED_TICKS: u64 = 16;
+
 /// The sponsors may not have the page's content: store it even if the kernel calls it clean.
 pub(super) const DIRTY: u8 = 1;
 /// A thread waits for the page.
@@ -276,6 +279,9 @@ impl Pager {
             Event::Tick => {
                 self.starved = false;
                 self.ticks += 1;
+                if self.ticks.is_multiple_of(BLOCKED_TICKS) {
+                    self.retry_blocked();
+                }
                 self.rebuild_more(out);
             }
         }
@@ -562,6 +568,19 @@ impl Pager {
             self.stalled.push(&mut self.links, page);
         }
         self.serve_stalled(out);
+    }
+
+    /// Blocked faults with a replica that can be reached get another look: its error may have been
+    /// a passing one, or it is a new one.
+    fn retry_blocked(&mut self) {
+        for _ in 0..self.blocked.len() {
+            let Some(page) = self.blocked.pop(&mut self.links) else { return };
+            if self.up_mask(PageIndex(page)) == 0 {
+                self.blocked.push(&mut self.links, page);
+            } else {
+                self.stalled.push(&mut self.links, page);
+            }
+        }
     }
 
     /// A page's local memory is free.
