@@ -197,8 +197,8 @@ impl World {
         self.nodes[sponsor].emptied_untold = true;
         self.note(None, What::Emptied { sponsor: sponsor as u8 });
         for slot in 0..self.nodes[sponsor].store.len() {
-            if self.nodes[sponsor].store[slot].take().is_some() {
-                self.nodes[sponsor].emptied[slot] = true;
+            if let Some(stored) = self.nodes[sponsor].store[slot].take() {
+                self.nodes[sponsor].emptied[slot] = stored.version;
                 self.nodes[sponsor].machine.release_pages(region(), 1);
                 self.recount_lost(slot);
             }
@@ -317,6 +317,10 @@ impl World {
         self.stats.mark(Mark::LaneFrozen);
         let lane = self.rng.pick(&[0, 0, 1, WRITEBACK, CONTROL, PULLS, PULLS]);
         let until = self.tick + self.rng.range(50, 3000) as u64;
+        let asked = !self.nodes[sponsor].lanes[lane].replies.is_empty();
+        if lane == 0 && asked && self.rng.one_in(2) {
+            self.overdue(sponsor);
+        }
         self.nodes[sponsor].lanes[lane].frozen_until = until;
     }
 

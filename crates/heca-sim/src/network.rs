@@ -95,8 +95,8 @@ pub(crate) struct Node {
     pub(crate) epoch: Epoch,
     /// Extents of which it may have missed a write, as the world knows.
     pub(crate) missed: Vec<bool>,
-    /// Copies that trouble took.
-    pub(crate) emptied: Vec<bool>,
+    /// Version of each copy that trouble took.
+    pub(crate) emptied: Vec<PageVersion>,
     /// The pager was not told yet that it was emptied.
     pub(crate) emptied_untold: bool,
     /// Whether it refuses further extents.
@@ -140,7 +140,7 @@ impl Node {
             late: Vec::new(),
             epoch: Epoch(0),
             missed: vec![true; extents],
-            emptied: vec![false; slots],
+            emptied: vec![PageVersion::NEVER; slots],
             emptied_untold: false,
             full: false,
             leaving: false,
@@ -200,7 +200,7 @@ impl Node {
         for (slot, &page) in slots.iter().enumerate() {
             if PageIndex(page).extent() == extent {
                 self.store[slot] = None;
-                self.emptied[slot] = false;
+                self.emptied[slot] = PageVersion::NEVER;
             } else if self.store[slot].is_some() {
                 self.machine.claim_page(region(), epoch)?;
             }
@@ -222,7 +222,9 @@ impl Node {
             self.machine.claim_page(region(), epoch)?;
         }
         self.store[slot] = Some(Stored { version: new.0, value: new.1, rotten: false });
-        self.emptied[slot] = false;
+        if new.0 >= self.emptied[slot] {
+            self.emptied[slot] = PageVersion::NEVER;
+        }
         Ok(())
     }
 
@@ -268,6 +270,11 @@ impl Node {
     /// Whether it has a good copy of this version.
     pub(crate) fn has_good(&self, slot: usize, version: PageVersion) -> bool {
         self.store[slot].is_some_and(|s| s.version == version && !s.rotten)
+    }
+
+    /// Whether trouble took the copy, and no other came in its place.
+    pub(crate) fn was_emptied(&self, slot: usize) -> bool {
+        self.emptied[slot] != PageVersion::NEVER
     }
 
     /// Whether trouble spoilt the copy here: that it is not good is nobody's fault.

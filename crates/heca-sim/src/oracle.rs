@@ -122,7 +122,7 @@ impl World {
         let (mut holders, mut spoilt) = (0, false);
         for &sponsor in set.sponsors() {
             let node = &self.nodes[usize::from(sponsor)];
-            if node.rotten(slot) || node.emptied[slot] {
+            if node.rotten(slot) || node.was_emptied(slot) {
                 spoilt = true;
             } else if node.holds(slot, value) {
                 holders += 1;

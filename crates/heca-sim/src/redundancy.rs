@@ -120,7 +120,7 @@ impl World {
             return Ok(());
         }
         let excuse =
-            |s: &u8| node(s).rotten(slot) || node(s).emptied[slot] && node(s).emptied_untold;
+            |s: &u8| node(s).rotten(slot) || node(s).was_emptied(slot) && node(s).emptied_untold;
         if set.sponsors().iter().any(excuse) {
             self.oracle.lost[slot] = true;
             return Ok(());
@@ -145,7 +145,8 @@ impl World {
         let set = self.pager.layout().replicas(self.page(slot).extent());
         let node = |s: &u8| &self.nodes[usize::from(*s)];
         let good = set.sponsors().iter().any(|s| node(s).has_good(slot, version));
-        let spoilt = set.sponsors().iter().any(|s| node(s).rotten(slot) || node(s).emptied[slot]);
+        let spoilt =
+            set.sponsors().iter().any(|s| node(s).rotten(slot) || node(s).was_emptied(slot));
         self.oracle.lost[slot] |= !good && spoilt;
     }
 

@@ -98,6 +98,8 @@ pub struct Pager {
     pub(super) rebuild_pause: u64,
     /// Extent where the next look begins.
     pub(super) rebuild_cursor: u32,
+    /// Holds that were not answered yet.
+    pub(super) holds: Vec<(ExtentIndex, u8)>,
     /// Extents whose last rebuild lacked a source for a page.
     pub(super) rebuild_failed: Vec<ExtentIndex>,
     pub(super) attempt: u32,
@@ -150,6 +152,7 @@ impl Pager {
             rebuild: None,
             rebuild_pause: PAUSE_AT_START,
             rebuild_cursor: 0,
+            holds: Vec::new(),
             rebuild_failed: Vec::new(),
             attempt: 0,
             ticks: 0,

@@ -300,6 +300,7 @@ impl Pager {
         let old = set.sponsors()[gone.trailing_zeros() as usize];
         let Some(to) = self.pick(set) else { return false };
         self.begin(extent, to, Some(old), false);
+        self.holds.push((extent, to));
         out.push(Action::Hold { extent, sponsor: to });
         true
     }
@@ -337,6 +338,13 @@ impl Pager {
         ok: bool,
         out: &mut Vec<Action>,
     ) {
+        if let Some(asked) = self.holds.iter().position(|&h| h == (extent, sponsor)) {
+            self.holds.remove(asked);
+        }
+        if self.holds.contains(&(extent, sponsor)) {
+            // It was asked again since, perhaps after a release: that answer counts.
+            return;
+        }
         let current =
             self.rebuild.take_if(|r| (r.extent, r.to, r.copying) == (extent, sponsor, false));
         let Some(mut r) = current else {
