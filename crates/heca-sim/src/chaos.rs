@@ -117,6 +117,9 @@ impl World {
             let (page, attempt, ok) = (self.page(pull.slot), pull.attempt, false);
             self.inbox.push_back(Event::Pulled { page, attempt, ok }.into());
         }
+        for (_, note) in std::mem::take(&mut self.nodes[sponsor].held_up) {
+            self.inbox.push_back(lost(note.event, name).into());
+        }
         let keep_frames = self.rng.one_in(2);
         for lane in std::mem::take(&mut self.nodes[sponsor].lanes) {
             for note in lane.replies {
@@ -317,11 +320,29 @@ impl World {
         self.stats.mark(Mark::LaneFrozen);
         let lane = self.rng.pick(&[0, 0, 1, WRITEBACK, CONTROL, PULLS, PULLS]);
         let until = self.tick + self.rng.range(50, 3000) as u64;
-        let asked = !self.nodes[sponsor].lanes[lane].replies.is_empty();
-        if lane == 0 && asked && self.rng.one_in(2) {
-            self.overdue(sponsor);
-        }
         self.nodes[sponsor].lanes[lane].frozen_until = until;
+    }
+
+    /// Answers that were held up come at the worst time: when the page is fetched anew.
+    pub(crate) fn thaw(&mut self) {
+        for sponsor in 0..self.nodes.len() {
+            let mut held = std::mem::take(&mut self.nodes[sponsor].held_up);
+            held.retain(|&(due, note)| {
+                let old = match note.event {
+                    Event::Fetched { page, version, .. } => {
+                        let slot = self.slot(page);
+                        version < self.journal.versions[slot] && self.oracle.fetching[slot] != 0
+                    }
+                    _ => false,
+                };
+                let come = old || due <= self.tick || !self.chaos;
+                if come {
+                    self.inbox.push_back(note);
+                }
+                !come
+            });
+            self.nodes[sponsor].held_up = held;
+        }
     }
 
     fn suspect(&mut self, sponsor: usize) {
@@ -336,13 +357,15 @@ impl World {
     }
 
     /// An answer that a vCPU waits for takes too long.
-    fn overdue(&mut self, sponsor: usize) {
+    pub(crate) fn overdue(&mut self, sponsor: usize) {
         let lanes = &self.nodes[sponsor].lanes[..2];
         let asked = lanes.iter().flat_map(|lane| &lane.requests).filter_map(|r| match *r {
             Request::Fetch { slot, .. } => Some(slot),
             _ => None,
         });
-        let answered = lanes.iter().flat_map(|lane| &lane.replies).filter_map(|note| {
+        let held_up = self.nodes[sponsor].held_up.iter().map(|(_, note)| note);
+        let replies = lanes.iter().flat_map(|lane| &lane.replies).chain(held_up);
+        let answered = replies.filter_map(|note| {
             let (Event::Fetched { page, .. } | Event::FetchFailed { page, .. }) = note.event else {
                 return None;
             };

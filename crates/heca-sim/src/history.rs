@@ -6,7 +6,7 @@ use heca_core::pager::{Action, Event, FaultKind};
 use heca_core::placement::ReplicaSet;
 
 const RECORDS_MAX: usize = 400_000;
-const LINES_MAX: usize = 40000;
+const LINES_MAX: usize = 60;
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum What {

@@ -45,11 +45,28 @@ impl World {
                 } else if let Some(request) = queues.requests.pop_front() {
                     let reply = self.serve(sponsor, request)?;
                     self.nodes[sponsor].lanes[lane].replies.extend(reply);
+                    self.hold_up(sponsor, lane, request);
                 }
             }
             return Ok(());
         }
         Ok(())
+    }
+
+    /// Perhaps an answer to a fetch is held up: that of a slow sponsor, which is noticed or not.
+    fn hold_up(&mut self, sponsor: usize, lane: usize, request: Request) {
+        let rate = self.rates().slow_answer;
+        if !matches!(request, Request::Fetch { .. }) || !self.rng.one_in(rate) {
+            return;
+        }
+        let Some(note) = self.nodes[sponsor].lanes[lane].replies.pop_back() else { return };
+        self.stats.mark(Mark::AnswerHeldUp);
+        let until = self.tick + self.rng.range(300, 6000) as u64;
+        self.nodes[sponsor].held_up.push((until, note));
+        if self.rng.one_in(8) {
+            let (sponsor, suspect) = (sponsor as u8, true);
+            self.inbox.push_back(Event::SponsorSuspect { sponsor, suspect }.into());
+        }
     }
 
     fn serve(

@@ -89,6 +89,8 @@ pub(crate) struct Node {
     pub(crate) frozen_until: u64,
     pub(crate) lanes: [Lane; LANES],
     pub(crate) pulling: VecDeque<Pulling>,
+    /// Answers to fetches that were held up, with the tick when they come at the latest.
+    pub(crate) held_up: Vec<(u64, Note)>,
     /// Frames of lost connections that the sponsor may still read.
     pub(crate) late: Vec<(Epoch, Request)>,
     /// The epoch that it was told of last: older ones must be refused.
@@ -137,6 +139,7 @@ impl Node {
             frozen_until: 0,
             lanes: Default::default(),
             pulling: VecDeque::new(),
+            held_up: Vec::new(),
             late: Vec::new(),
             epoch: Epoch(0),
             missed: vec![true; extents],
@@ -296,6 +299,6 @@ impl Node {
 
     pub(crate) fn is_idle(&self) -> bool {
         let lane = |lane: &Lane| lane.requests.is_empty() && lane.replies.is_empty();
-        self.lanes.iter().all(lane) && self.pulling.is_empty()
+        self.lanes.iter().all(lane) && self.pulling.is_empty() && self.held_up.is_empty()
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Rates {
     pub(crate) cut: usize,
     /// One connection of a sponsor stops for a while.
     pub(crate) lane_freeze: usize,
+    /// An answer to a fetch is held up, with all behind it.
+    pub(crate) slow_answer: usize,
     pub(crate) suspect: usize,
     pub(crate) latency: usize,
     /// The answer to a fetch is overdue.
@@ -100,15 +102,17 @@ impl Params {
     pub(crate) fn draw(rng: &mut Rng, scenario: Scenario) -> Self {
         let extents = rng.range(2, 3) as u64;
         let pages = (extents - 1) * EXTENT_PAGES + 500;
-        let slots = draw_slots(rng, pages);
-        let divisor = if scenario == Scenario::Failover { 10 } else { rng.range(2, 6) };
+        let failover = scenario == Scenario::Failover;
+        let count = if failover { rng.range(90, 250) } else { rng.range(200, 2000) };
+        let slots = draw_slots(rng, pages, count);
+        let divisor = if failover { 10 } else { rng.range(2, 6) };
         let budget = (slots.len() / divisor).clamp(BUDGET_MIN, BUDGET_MAX);
         let first = scenario.sponsors_first(rng);
         let sponsors = (first + rng.below(4)).min(SPONSORS_DRAWN_MAX);
         let zap = rng.one_in(2);
         let mut rates = draw_rates(rng);
         scenario.adjust(&mut rates, rng);
-        let chaos = if scenario == Scenario::Failover { 8 } else { 2 };
+        let chaos = if failover { 4 } else { 2 };
         Self {
             pages,
             slots,
@@ -120,8 +124,8 @@ impl Params {
             sponsor_weights: (0..sponsors).map(|_| rng.range(1, 3) as u32).collect(),
             sponsors_first: first,
             chaos_ticks: rng.range(2_000, 8_000) as u64,
-            vcpus: rng.range(2, 6),
-            writes: rng.range(1, 7),
+            vcpus: if failover { rng.range(5, 10) } else { rng.range(2, 6) },
+            writes: if failover { rng.range(4, 7) } else { rng.range(1, 7) },
             pager_burst: rng.range(1, 8),
             weights: Weights {
                 guest: rng.range(4, 16),
@@ -137,8 +141,7 @@ impl Params {
     }
 }
 
-fn draw_slots(rng: &mut Rng, pages: u64) -> Vec<u64> {
-    let count = rng.range(200, 2000);
+fn draw_slots(rng: &mut Rng, pages: u64, count: usize) -> Vec<u64> {
     let mut slots = BTreeSet::new();
     while slots.len() < count {
         let start = rng.below(pages as usize) as u64;
@@ -173,6 +176,7 @@ fn draw_rates(rng: &mut Rng) -> Rates {
         memory_full: if rng.one_in(2) { 0 } else { rng.range(4, 16) },
         cut: if rng.one_in(3) { 0 } else { rng.range(4, 16) },
         lane_freeze: if rng.one_in(3) { 0 } else { rng.range(1, 8) },
+        slow_answer: if rng.one_in(2) { 0 } else { rng.range(4, 60) },
         suspect: rng.range(1, 8),
         latency: rng.range(1, 4),
         overdue: if rng.one_in(4) { 0 } else { rng.range(1, 3) },

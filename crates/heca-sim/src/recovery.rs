@@ -96,6 +96,7 @@ impl World {
             let node = &mut self.nodes[sponsor];
             node.up = false;
             node.down_since = self.tick;
+            node.held_up.clear();
             let pulling = std::mem::take(&mut node.pulling);
             let lanes = std::mem::take(&mut node.lanes);
             let requests = lanes.into_iter().flat_map(|lane| lane.requests);

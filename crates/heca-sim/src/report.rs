@@ -57,6 +57,7 @@ marks! {
     Cut => "sim_sponsors_cut",
     LaneFrozen => "sim_lanes_frozen",
     Suspect => "sim_suspects",
+    AnswerHeldUp => "sim_answers_held_up",
     SponsorLost => "sim_sponsors_given_up",
     Leaving => "sim_sponsors_leaving",
     SponsorAdded => "sim_sponsors_added",

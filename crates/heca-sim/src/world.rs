@@ -229,6 +229,7 @@ impl World {
         if self.dead_until.is_some_and(|tick| tick <= self.tick) {
             self.recover()?;
         }
+        self.thaw();
         for _ in 0..DRAWS_MAX {
             match self.draw_actor() {
                 Actor::Guest if self.guest.can_run(self.accesses) => return self.guest_turn(),
@@ -321,6 +322,10 @@ impl World {
         for _ in 0..self.rng.range(1, self.params.pager_burst) {
             if self.pager_is_dead() {
                 return Ok(());
+            }
+            if self.rates().overdue != 0 && self.rng.one_in(8) {
+                let sponsor = self.rng.below(self.nodes.len());
+                self.overdue(sponsor);
             }
             match self.rng.below(16) {
                 0 => self.deliver(Event::Tick.into())?,
