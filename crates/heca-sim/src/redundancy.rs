@@ -168,12 +168,13 @@ impl World {
         let staying = self.nodes.iter().filter(|node| node.up && !node.leaving).count();
         let version = |slot: usize| self.journal.versions[slot];
         let (set, stale) = (self.pager.layout().replicas(extent), self.pager.stale(extent));
-        // A pager that knows of no good replica needs two to make one of.
-        let up = set.sponsors().iter().filter(|s| self.nodes[usize::from(**s)].up).count();
-        let complete = stale != set.all();
+        // Without a complete replica it takes two that have gaps.
+        let up = |i: &usize| self.nodes[usize::from(set.sponsors()[*i])].up;
+        let count = (0..set.sponsors().len()).filter(up).count();
+        let complete = (0..set.sponsors().len()).filter(up).any(|i| stale >> i & 1 == 0);
         let node = |s: &u8| &self.nodes[usize::from(*s)];
         staying >= self.params.replicas
-            && (complete || up > 1)
+            && (complete || count > 1 && stale == set.all())
             && self.slots_of(extent).all(|slot| {
                 let has = |s: &u8| node(s).up && node(s).has_good(slot, version(slot));
                 let good = version(slot) == PageVersion::NEVER
