@@ -196,6 +196,10 @@ impl World {
             None
         };
         self.note(page, What::PullRead { from, to: sponsor as u8, version: version.0, value });
+        if self.chaos && self.rng.one_in(60) {
+            let until = self.tick + self.rng.range(200, 2000) as u64;
+            self.nodes[sponsor].lanes[PULLS].frozen_until = until;
+        }
         let pulling = Pulling { slot, version, attempt, epoch, value };
         self.nodes[sponsor].pulling.push_back(pulling);
         None

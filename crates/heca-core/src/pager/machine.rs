@@ -78,7 +78,7 @@ pub struct Pager {
     pub(super) active: List,
     pub(super) standby: List,
     /// Faults that wait for a frame.
-    stalled: List,
+    pub(super) stalled: List,
     /// Faults that wait for a sponsor.
     pub(super) blocked: List,
     pub(super) stale: Vec<StaleMask>,
@@ -571,19 +571,6 @@ impl Pager {
             self.stalled.push(&mut self.links, page);
         }
         self.serve_stalled(out);
-    }
-
-    /// Blocked faults with a replica that can be reached get another look: its error may have been
-    /// a passing one, or it is a new one.
-    fn retry_blocked(&mut self) {
-        for _ in 0..self.blocked.len() {
-            let Some(page) = self.blocked.pop(&mut self.links) else { return };
-            if self.up_mask(PageIndex(page)) == 0 {
-                self.blocked.push(&mut self.links, page);
-            } else {
-                self.stalled.push(&mut self.links, page);
-            }
-        }
     }
 
     /// A page's local memory is free.
