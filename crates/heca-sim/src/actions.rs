@@ -1,12 +1,13 @@
 //! What the pager's shell does with actions: it is not under test, and as simple as its contract.
 
-use heca_core::pager::{Action, Event, FetchClass, FetchError, Install, InstallResult};
-use heca_types::{PageIndex, PageVersion};
+use heca_core::pager::{Action, Event, Install, InstallResult};
+use heca_types::PageIndex;
 
 use crate::evictor::Victim;
-use crate::network::{LANES, Request};
+use crate::network::{CONTROL, LANES, PULLS, Request};
 use crate::oracle::Failure;
 use crate::params::Rates;
+use crate::report::Mark;
 use crate::world::World;
 
 impl World {
@@ -17,7 +18,22 @@ impl World {
         action: Action,
         reply: u64,
     ) -> Result<Option<(Install, InstallResult)>, Failure> {
-        let page = action_page(action);
+        match action {
+            Action::Extent { extent } => {
+                self.extent_changed(extent)?;
+                return Ok(None);
+            }
+            Action::Hold { extent, sponsor } => {
+                self.send(sponsor, CONTROL, Request::Hold { extent });
+                return Ok(None);
+            }
+            Action::Release { extent, sponsor } => {
+                self.send(sponsor, CONTROL, Request::Release { extent });
+                return Ok(None);
+            }
+            _ => {}
+        }
+        let Some(page) = action_page(action) else { return Ok(None) };
         let slot = self.slot(page);
         let mut install = |what, protect| Some((what, self.install(slot, what, reply, protect)));
         Ok(match action {
@@ -32,28 +48,41 @@ impl World {
             }
             Action::Poison { .. } => {
                 self.check_poison(page)?;
+                self.oracle.fetching[slot] = 0;
                 self.kernel.poison(slot);
                 self.guest.wake(slot);
                 None
             }
-            Action::Unmap { version, dirty, replicas, .. } => {
-                let victim = Victim { page, version, dirty, replicas, outcome: None, value: 0 };
+            Action::Unmap { version, dirty, sponsors, .. } => {
+                self.journal.versions[slot] = version;
+                let victim = Victim { page, version, dirty, sponsors, outcome: None, value: 0 };
                 self.evictor.unmap(step, victim);
                 None
             }
-            Action::Punch { .. } => {
+            Action::Punch { version, .. } => {
+                self.journal.versions[slot] = version;
                 self.evictor.punch(page);
                 None
             }
             Action::Fetch { version, sponsor, class, .. } => {
                 self.check_fetch(page, sponsor)?;
-                self.send_fetch(page, version, sponsor, class);
+                self.send(sponsor, class as usize, Request::Fetch { slot, version });
                 None
             }
+            Action::Pull { version, from, to, attempt, .. } => {
+                self.note_pull(slot, from, attempt);
+                self.send(to, PULLS, Request::Pull { slot, version, from, attempt });
+                None
+            }
+            Action::Extent { .. } | Action::Hold { .. } | Action::Release { .. } => None,
         })
     }
 
     fn install(&mut self, slot: usize, what: Install, value: u64, protect: bool) -> InstallResult {
+        if matches!(what, Install::Copy | Install::Fill) {
+            // An answer is used: this attempt to fetch the page is over.
+            self.oracle.fetching[slot] = 0;
+        }
         let Rates { again, no_memory, .. } = *self.rates();
         // `Fill` is a plain write to the file, and lifting protection needs no memory.
         if what != Install::Fill && self.rng.one_in(again) {
@@ -67,6 +96,7 @@ impl World {
         let result = self.kernel.install(slot, what, value, protect);
         if result == InstallResult::Ok {
             if matches!(what, Install::Copy | Install::Fill) {
+                self.oracle.lost[slot] = false;
                 self.oracle.spoilt[slot] = false;
                 self.oracle.failed[slot] = 0;
             }
@@ -75,22 +105,22 @@ impl World {
         result
     }
 
-    fn send_fetch(
-        &mut self,
-        page: PageIndex,
-        version: PageVersion,
-        sponsor: u8,
-        class: FetchClass,
-    ) {
-        let slot = self.slot(page);
+    /// Sends a request, or says that it is lost if there is no connection.
+    fn send(&mut self, sponsor: u8, lane: usize, request: Request) {
         let node = &mut self.nodes[usize::from(sponsor)];
         if node.up {
-            let lane = class as usize;
-            debug_assert!(lane < LANES - 1);
-            node.lanes[lane].requests.push_back(Request::Fetch { slot, version });
+            debug_assert!(lane < LANES);
+            node.lanes[lane].requests.push_back(request);
         } else {
-            let error = FetchError::Lost;
-            self.inbox.push_back(Event::FetchFailed { page, sponsor, error }.into());
+            self.lose_request(sponsor, request);
+        }
+    }
+
+    /// Notes when a page is asked for from another source after the first one had nothing.
+    fn note_pull(&mut self, slot: usize, from: u8, attempt: u32) {
+        let before = self.pulled_from[slot].replace((from, attempt));
+        if before.is_some_and(|(other, of)| of == attempt && other != from) {
+            self.stats.mark(Mark::SourceSwitched);
         }
     }
 }
@@ -98,23 +128,31 @@ impl World {
 pub(crate) fn event_page(event: Event) -> Option<PageIndex> {
     match event {
         Event::Fault { page, .. }
-        | Event::Fetched { page }
+        | Event::Fetched { page, .. }
+        | Event::Late { page, .. }
         | Event::FetchFailed { page, .. }
         | Event::Installed { page, .. }
         | Event::Unmapped { page, .. }
         | Event::Stored { page, .. }
         | Event::StoreFailed { page, .. }
+        | Event::Pulled { page, .. }
         | Event::Punched { page, .. } => Some(page),
         Event::SponsorDown { .. }
         | Event::SponsorUp { .. }
         | Event::SponsorEmptied { .. }
+        | Event::SponsorLost { .. }
+        | Event::SponsorSuspect { .. }
+        | Event::SponsorLeaving { .. }
+        | Event::Latency { .. }
+        | Event::Held { .. }
         | Event::SetBudget { .. }
         | Event::Restore
+        | Event::Work
         | Event::Tick => None,
     }
 }
 
-pub(crate) fn action_page(action: Action) -> PageIndex {
+pub(crate) fn action_page(action: Action) -> Option<PageIndex> {
     match action {
         Action::Fetch { page, .. }
         | Action::Copy { page }
@@ -125,6 +163,8 @@ pub(crate) fn action_page(action: Action) -> PageIndex {
         | Action::Wake { page }
         | Action::Poison { page }
         | Action::Unmap { page, .. }
-        | Action::Punch { page } => page,
+        | Action::Pull { page, .. }
+        | Action::Punch { page, .. } => Some(page),
+        Action::Extent { .. } | Action::Hold { .. } | Action::Release { .. } => None,
     }
 }

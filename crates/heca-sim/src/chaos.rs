@@ -1,120 +1,25 @@
-//! The network, and everything that goes wrong.
+//! Everything that goes wrong.
 
 use heca_core::pager::{Event, FetchError};
-use heca_types::PageVersion;
 use heca_types::limits::LEASE_MS_MIN;
+use heca_types::{Epoch, PageVersion};
 
 use crate::history::What;
-use crate::network::{EPOCH, EPOCH_OLD, LANES, Note, Request, open_request, region, region_id};
+use crate::network::{
+    CONTROL, EPOCH_FIRST, Node, PULLS, PullStart, Request, Stored, WRITEBACK, open_request, region,
+    region_id,
+};
 use crate::oracle::Check;
-use crate::params::{BUDGET_MAX, BUDGET_MIN};
+use crate::params::{BUDGET_MAX, BUDGET_MIN, SPONSORS_DRAWN_MAX};
 use crate::report::Mark;
 use crate::world::World;
 
-const FRAMES_PER_STEP: usize = 6;
 /// Regions of other owners that compete for the sponsors' offers.
 const OTHER_REGIONS: usize = 4;
+/// Ticks after which a sponsor that is down may be given up.
+const AWAY_TICKS: u64 = 200;
 
 impl World {
-    /// Some frames of one connection move on, in one direction.
-    pub(crate) fn network_step(&mut self) {
-        let from = self.rng.below(self.nodes.len());
-        let mut order = (0..self.nodes.len()).map(|i| (from + i) % self.nodes.len());
-        let Some(sponsor) = order.find(|&s| self.nodes[s].can_move(self.tick)) else {
-            return;
-        };
-        let first = self.rng.below(LANES);
-        let frames = self.rng.range(1, FRAMES_PER_STEP);
-        let back = self.rng.one_in(2);
-        for lane in (0..LANES).map(|i| (first + i) % LANES) {
-            let queues = &self.nodes[sponsor].lanes[lane];
-            let waiting = if back { queues.replies.len() } else { queues.requests.len() };
-            if waiting == 0 {
-                continue;
-            }
-            for _ in 0..frames.min(waiting) {
-                let queues = &mut self.nodes[sponsor].lanes[lane];
-                if back {
-                    self.inbox.extend(queues.replies.pop_front());
-                } else if let Some(request) = queues.requests.pop_front() {
-                    let reply = self.serve(sponsor, request);
-                    self.nodes[sponsor].lanes[lane].replies.push_back(reply);
-                }
-            }
-            return;
-        }
-    }
-
-    fn serve(&mut self, sponsor: usize, request: Request) -> Note {
-        let name = sponsor as u8;
-        match request {
-            Request::Fetch { slot, version } => {
-                let page = self.page(slot);
-                self.note(page, What::SponsorServed { sponsor: name, version: version.0 });
-                let answer = self.nodes[sponsor].read(page, slot, version);
-                match self.spoil(sponsor, slot, version).map_or(answer, Err) {
-                    Ok(reply) => Note { event: Event::Fetched { page }, reply },
-                    Err(error) => {
-                        self.oracle.failed[slot] |= 1 << name;
-                        Event::FetchFailed { page, sponsor: name, error }.into()
-                    }
-                }
-            }
-            Request::Store { slot, version, value } => {
-                let page = self.page(slot);
-                let rate = self.rates().store_refused;
-                if self.rng.one_in(rate) {
-                    self.stats.mark(Mark::StoreRefused);
-                    self.note(page, What::SponsorRefused { sponsor: name, version: version.0 });
-                    return Event::StoreFailed { page, version, sponsor: name }.into();
-                }
-                if self.store(sponsor, slot, version, value) {
-                    Event::Stored { page, version, sponsor: name }.into()
-                } else {
-                    Event::StoreFailed { page, version, sponsor: name }.into()
-                }
-            }
-        }
-    }
-
-    fn store(&mut self, sponsor: usize, slot: usize, version: PageVersion, value: u64) -> bool {
-        let page = self.page(slot);
-        let result = self.nodes[sponsor].write(EPOCH, page, slot, (version, value));
-        let (sponsor, number) = (sponsor as u8, version.0);
-        self.note(
-            page,
-            match result {
-                Ok(()) => What::SponsorStored { sponsor, version: number, value },
-                Err(_) => What::SponsorRefused { sponsor, version: number },
-            },
-        );
-        result.is_ok()
-    }
-
-    /// Perhaps an error in place of a good reply. Only if another sponsor can help, and once for
-    /// each time that a page is brought in, so that the page must not be given up.
-    fn spoil(&mut self, sponsor: usize, slot: usize, version: PageVersion) -> Option<FetchError> {
-        let rate = self.rates().corrupt;
-        if !self.rng.one_in(rate) || self.oracle.spoilt[slot] {
-            return None;
-        }
-        if !self.helped_by_another(sponsor, slot, version) {
-            return None;
-        }
-        self.oracle.spoilt[slot] = true;
-        self.stats.mark(Mark::FetchSpoilt);
-        Some(self.rng.pick(&[FetchError::Corrupt, FetchError::Absent, FetchError::Refused]))
-    }
-
-    fn helped_by_another(&self, sponsor: usize, slot: usize, version: PageVersion) -> bool {
-        let set = self.layout.replicas(self.page(slot).extent());
-        set.sponsors()
-            .iter()
-            .map(|&s| usize::from(s))
-            .filter(|&s| s != sponsor && self.oracle.failed[slot] >> s & 1 == 0)
-            .any(|s| self.nodes[s].can_serve(slot, version))
-    }
-
     /// Perhaps some trouble.
     pub(crate) fn chaos_step(&mut self) -> Check {
         if self.memory_full && self.rng.one_in(4) {
@@ -123,19 +28,34 @@ impl World {
         let rates = self.params.rates.clone();
         let slot = self.rng.below(self.params.slots.len());
         let sponsor = self.rng.below(self.nodes.len());
-        match self.rng.below(12) {
+        match self.rng.below(23) {
             0 if self.rng.one_in(rates.unmap) => self.kernel_unmaps(slot),
             1 if self.rng.one_in(rates.discard) => self.owner_discards(slot),
             2 if self.rng.one_in(rates.crash) => self.crash(sponsor),
-            3 if self.rng.one_in(rates.restart) => self.restart(sponsor),
-            4 if self.rng.one_in(rates.late_frame) => self.late_frame(sponsor),
+            3 | 22 if self.rng.one_in(rates.restart) => self.restart(sponsor),
+            4 | 21 if self.rng.one_in(rates.late_frame) => return self.late_frame(sponsor),
             5 if self.rng.one_in(rates.rot) => self.rot(sponsor, slot),
             6 if self.rng.one_in(rates.lose) => self.lose(slot),
             7 if self.rng.one_in(rates.budget) => return self.change_budget(),
-            8 => return self.old_owner(sponsor, slot),
+            8 if self.rng.one_in(rates.old_owner) => return self.old_owner(sponsor, slot),
             9 => return self.other_region(sponsor),
-            11 if self.rng.one_in(rates.freeze) => self.freeze(sponsor),
             10 if self.rng.one_in(rates.memory_full) => self.fill_memory(),
+            11 if self.rng.one_in(rates.freeze) => self.freeze(sponsor),
+            12 if self.rng.one_in(rates.cut) => self.cut(sponsor),
+            13 if self.rng.one_in(rates.lane_freeze) => self.freeze_lane(sponsor),
+            14 if self.rng.one_in(rates.suspect) => self.suspect(sponsor),
+            15 if self.rng.one_in(rates.latency) => self.latency(sponsor),
+            16 | 17 if self.rng.one_in(rates.overdue) => self.overdue(sponsor),
+            18 if self.rng.one_in(rates.sponsor_lost) => self.give_up(sponsor),
+            19 => match self.rng.below(3) {
+                0 if self.rng.one_in(rates.leaving) => self.leaving(sponsor),
+                1 if self.rng.one_in(rates.full) => {
+                    self.nodes[sponsor].full = !self.nodes[sponsor].full;
+                }
+                2 if self.rng.one_in(rates.add_sponsor) => self.add_sponsor(),
+                _ => {}
+            },
+            20 if self.rng.one_in(rates.pager_crash) => self.let_pager_crash(),
             _ => {}
         }
         Ok(())
@@ -156,6 +76,7 @@ impl World {
         self.stats.mark(Mark::Discard);
         self.kernel.punch(slot);
         let expected = &mut self.oracle.expected[slot];
+        expected.discarded = true;
         if expected.value != 0 {
             expected.before_discard = Some(expected.value);
             expected.value = 0;
@@ -164,15 +85,41 @@ impl World {
     }
 
     fn crash(&mut self, sponsor: usize) {
-        let name = sponsor as u8;
-        if !self.nodes[sponsor].up {
+        if !self.nodes[sponsor].alive {
             return;
         }
         self.stats.mark(Mark::Crash);
-        self.note(None, What::Crashed { sponsor: name });
-        self.nodes[sponsor].up = false;
-        self.nodes[sponsor].was_down = true;
+        self.note(None, What::Crashed { sponsor: sponsor as u8 });
+        if self.nodes[sponsor].up {
+            self.disconnect(sponsor);
+        }
+        self.nodes[sponsor].alive = false;
+    }
+
+    /// The connections to a sponsor are lost, which lives on.
+    fn cut(&mut self, sponsor: usize) {
+        if self.nodes[sponsor].up {
+            self.stats.mark(Mark::Cut);
+            self.note(None, What::Cut { sponsor: sponsor as u8 });
+            self.disconnect(sponsor);
+        }
+    }
+
+    fn disconnect(&mut self, sponsor: usize) {
+        let name = sponsor as u8;
+        let node = &mut self.nodes[sponsor];
+        node.up = false;
+        node.down_since = self.tick;
+        node.missed.fill(true);
         self.inbox.push_back(Event::SponsorDown { sponsor: name }.into());
+        let pulling = std::mem::take(&mut node.pulling);
+        for pull in &pulling {
+            let (page, attempt, ok) = (self.page(pull.slot), pull.attempt, false);
+            self.inbox.push_back(Event::Pulled { page, attempt, ok }.into());
+        }
+        for (_, note) in std::mem::take(&mut self.nodes[sponsor].held_up) {
+            self.inbox.push_back(lost(note.event, name).into());
+        }
         let keep_frames = self.rng.one_in(2);
         for lane in std::mem::take(&mut self.nodes[sponsor].lanes) {
             for note in lane.replies {
@@ -180,14 +127,17 @@ impl World {
             }
             for request in lane.requests {
                 self.lose_request(name, request);
-                if keep_frames && matches!(request, Request::Store { .. }) {
-                    self.nodes[sponsor].late.push(request);
+                if keep_frames {
+                    self.nodes[sponsor].late.push((self.epoch, request));
                 }
             }
         }
+        if keep_frames {
+            self.keep_pulls(sponsor, pulling);
+        }
     }
 
-    fn lose_request(&mut self, sponsor: u8, request: Request) {
+    pub(crate) fn lose_request(&mut self, sponsor: u8, request: Request) {
         let event = match request {
             Request::Fetch { slot, .. } => {
                 let page = self.page(slot);
@@ -196,57 +146,137 @@ impl World {
             Request::Store { slot, version, .. } => {
                 Event::StoreFailed { page: self.page(slot), version, sponsor }
             }
+            Request::Hold { extent } => Event::Held { extent, sponsor, ok: false },
+            Request::Pull { slot, attempt, .. } => {
+                Event::Pulled { page: self.page(slot), attempt, ok: false }
+            }
+            Request::Release { .. } => return,
         };
         self.inbox.push_back(event.into());
     }
 
-    fn restart(&mut self, sponsor: usize) {
+    /// The process of a sponsor starts again if it died, and the pager connects to it.
+    pub(crate) fn restart(&mut self, sponsor: usize) {
         if self.nodes[sponsor].up {
             return;
         }
-        self.nodes[sponsor].restart(self.tick);
-        self.note(None, What::Restarted { sponsor: sponsor as u8 });
-        if self.chaos && self.rng.one_in(8) {
-            self.empty(sponsor);
+        if !self.nodes[sponsor].alive {
+            self.nodes[sponsor].restart(self.tick);
+            self.note(None, What::Restarted { sponsor: sponsor as u8 });
+            let rate = self.rates().empty;
+            if self.rng.one_in(rate) {
+                self.empty(sponsor);
+            }
         }
-        self.inbox.push_back(Event::SponsorUp { sponsor: sponsor as u8 }.into());
-        while !self.nodes[sponsor].late.is_empty() && self.rng.one_in(2) {
-            self.late_frame(sponsor);
+        if !self.pager_is_dead() && self.connect(sponsor) {
+            self.inbox.push_back(Event::SponsorUp { sponsor: sponsor as u8 }.into());
         }
+    }
+
+    /// What the owner does on each new connection. Control frames of older connections are
+    /// not carried out from here on.
+    pub(crate) fn connect(&mut self, sponsor: usize) -> bool {
+        let extents: Vec<_> = self.pager.layout().extents_of(sponsor as u8).collect();
+        let node = &mut self.nodes[sponsor];
+        let former =
+            node.epoch != Epoch(0) && node.extents().iter().any(|extent| !extents.contains(extent));
+        if node.open(self.tick, self.epoch, &extents, &self.params.slots).is_err() {
+            return false;
+        }
+        if former {
+            self.stats.mark(Mark::ReturnedAfterReplaced);
+        }
+        node.up = true;
+        let epoch = self.epoch;
+        let control = |r: &Request| matches!(r, Request::Hold { .. } | Request::Release { .. });
+        node.late.retain(|(of, request)| *of < epoch || !control(request));
+        self.note(None, What::Connected { sponsor: sponsor as u8, epoch: epoch.0 });
+        true
     }
 
     /// A sponsor comes back without what it held. Pages of which it had the only copy are lost.
     fn empty(&mut self, sponsor: usize) {
         self.stats.mark(Mark::Emptied);
+        self.nodes[sponsor].emptied_untold = true;
+        self.note(None, What::Emptied { sponsor: sponsor as u8 });
         for slot in 0..self.nodes[sponsor].store.len() {
-            let Some(stored) = self.nodes[sponsor].store[slot].take() else { continue };
-            self.nodes[sponsor].machine.release_pages(region(), 1);
-            let another = self.nodes.iter().any(|node| {
-                node.store[slot].is_some_and(|s| s.version >= stored.version && !s.rotten)
-            });
-            if !another {
-                self.oracle.lost[slot] = true;
+            if let Some(stored) = self.nodes[sponsor].store[slot].take() {
+                self.nodes[sponsor].emptied[slot] = stored.version;
+                self.nodes[sponsor].machine.release_pages(region(), 1);
+                self.recount_lost(slot);
             }
         }
         self.inbox.push_back(Event::SponsorEmptied { sponsor: sponsor as u8 }.into());
     }
 
+    /// Ends what ails the sponsors, but for one that may stay away.
     pub(crate) fn restart_all(&mut self) {
+        let gone = self.choose_gone();
         for sponsor in 0..self.nodes.len() {
-            self.nodes[sponsor].frozen_until = 0;
+            let node = &mut self.nodes[sponsor];
+            node.frozen_until = 0;
+            node.full = false;
+            for lane in &mut node.lanes {
+                lane.frozen_until = 0;
+            }
+            for number in 0..OTHER_REGIONS as u8 {
+                // A region that is not there is refused, which is as good.
+                let _ = node.machine.close(region_id(2 + number), EPOCH_FIRST);
+            }
+        }
+        for sponsor in 0..self.nodes.len() {
+            let name = sponsor as u8;
+            if gone == Some(sponsor) {
+                self.stats.mark(Mark::LostAtRest);
+                self.crash(sponsor);
+                self.inbox.push_back(Event::SponsorLost { sponsor: name }.into());
+                continue;
+            }
             self.restart(sponsor);
+            let suspect = false;
+            self.inbox.push_back(Event::SponsorSuspect { sponsor: name, suspect }.into());
+        }
+        for sponsor in 0..self.nodes.len() {
+            if !self.nodes[sponsor].leaving {
+                continue;
+            }
+            let staying = self.nodes.iter().filter(|node| node.up && !node.leaving).count();
+            if staying >= self.params.replicas && self.nodes[sponsor].up && self.rng.one_in(2) {
+                self.stats.mark(Mark::LeavingAtRest);
+            } else {
+                self.leaving(sponsor);
+            }
         }
     }
 
-    /// A write frame of a lost connection is read at last.
-    fn late_frame(&mut self, sponsor: usize) {
-        if !self.nodes[sponsor].up || self.nodes[sponsor].late.is_empty() {
-            return;
+    /// A sponsor that others can stand in for.
+    fn choose_gone(&mut self) -> Option<usize> {
+        let sponsor = self.rng.below(self.nodes.len());
+        if self.params.rates.sponsor_lost == 0 || self.rng.one_in(2) {
+            return None;
         }
-        if let Request::Store { slot, version, value } = self.nodes[sponsor].late.remove(0) {
-            let stored = self.store(sponsor, slot, version, value);
-            self.stats.mark(if stored { Mark::LateFrame } else { Mark::LateRefused });
+        let others = |s: &usize| *s != sponsor && self.nodes[*s].up;
+        let enough = (0..self.nodes.len()).filter(others).count() >= self.params.replicas;
+        let told = self.nodes.iter().all(|node| !node.emptied_untold);
+        // A target that just became complete may be the only one, too.
+        if !(enough && told) || self.pager.is_rebuilding() {
+            return None;
         }
+        let layout = self.pager.layout();
+        let safe = layout.extents_of(sponsor as u8).all(|extent| {
+            let stale = self.pager.stale(extent);
+            let set = layout.replicas(extent);
+            let mut members = set.sponsors().iter().enumerate();
+            members.any(|(i, &s)| others(&usize::from(s)) && stale >> i & 1 == 0)
+        });
+        let good = |slot: &usize| {
+            let set = layout.replicas(self.page(*slot).extent());
+            let version = self.journal.versions[*slot];
+            let mut members = set.sponsors().iter().map(|&s| usize::from(s)).filter(others);
+            version == PageVersion::NEVER || members.any(|s| self.nodes[s].has_good(*slot, version))
+        };
+        let pages = self.params.slots.len();
+        (safe && (0..pages).all(|slot| self.is_local(slot) || good(&slot))).then_some(sponsor)
     }
 
     /// One copy goes bad for good, if another sponsor has a good one.
@@ -254,17 +284,21 @@ impl World {
         let Some(stored) = self.nodes[sponsor].store[slot] else {
             return;
         };
-        let busy = self.oracle.spoilt[slot] || self.oracle.fetching[slot].is_some();
+        let busy = self.oracle.spoilt[slot] || self.oracle.fetching[slot] != 0;
         if busy || stored.rotten || !self.helped_by_another(sponsor, slot, stored.version) {
             return;
         }
-        self.nodes[sponsor].store[slot] = Some(crate::network::Stored { rotten: true, ..stored });
+        self.nodes[sponsor].store[slot] = Some(Stored { rotten: true, ..stored });
+        self.recount_lost(slot);
         self.stats.mark(Mark::Rotted);
         self.note(self.page(slot), What::CopyRotted { sponsor: sponsor as u8 });
     }
 
     /// All copies go bad: the page may be given up from here on.
     fn lose(&mut self, slot: usize) {
+        if self.is_local(slot) {
+            return;
+        }
         self.oracle.lost[slot] = true;
         self.stats.mark(Mark::Lost);
         for sponsor in 0..self.nodes.len() {
@@ -281,6 +315,101 @@ impl World {
         self.nodes[sponsor].frozen_until = self.tick + self.rng.range(50, 1500) as u64;
     }
 
+    /// One connection hangs while the others go on.
+    fn freeze_lane(&mut self, sponsor: usize) {
+        self.stats.mark(Mark::LaneFrozen);
+        let lane = self.rng.pick(&[0, 0, 1, WRITEBACK, CONTROL, PULLS, PULLS]);
+        let until = self.tick + self.rng.range(50, 3000) as u64;
+        self.nodes[sponsor].lanes[lane].frozen_until = until;
+    }
+
+    /// Answers that were held up come at the worst time: when the page is fetched anew.
+    pub(crate) fn thaw(&mut self) {
+        for sponsor in 0..self.nodes.len() {
+            let mut held = std::mem::take(&mut self.nodes[sponsor].held_up);
+            held.retain(|&(due, note)| {
+                let old = match note.event {
+                    Event::Fetched { page, version, .. } => {
+                        let slot = self.slot(page);
+                        version < self.journal.versions[slot] && self.oracle.fetching[slot] != 0
+                    }
+                    _ => false,
+                };
+                let come = old || due <= self.tick || !self.chaos;
+                if come {
+                    self.inbox.push_back(note);
+                }
+                !come
+            });
+            self.nodes[sponsor].held_up = held;
+        }
+    }
+
+    fn suspect(&mut self, sponsor: usize) {
+        self.stats.mark(Mark::Suspect);
+        let (sponsor, suspect) = (sponsor as u8, self.rng.one_in(2));
+        self.inbox.push_back(Event::SponsorSuspect { sponsor, suspect }.into());
+    }
+
+    fn latency(&mut self, sponsor: usize) {
+        let us = self.rng.range(10, 1000) as u32;
+        self.inbox.push_back(Event::Latency { sponsor: sponsor as u8, us }.into());
+    }
+
+    /// An answer that a vCPU waits for takes too long.
+    pub(crate) fn overdue(&mut self, sponsor: usize) {
+        let lanes = &self.nodes[sponsor].lanes[..2];
+        let asked = lanes.iter().flat_map(|lane| &lane.requests).filter_map(|r| match *r {
+            Request::Fetch { slot, .. } => Some(slot),
+            _ => None,
+        });
+        let held_up = self.nodes[sponsor].held_up.iter().map(|(_, note)| note);
+        let replies = lanes.iter().flat_map(|lane| &lane.replies).chain(held_up);
+        let answered = replies.filter_map(|note| {
+            let (Event::Fetched { page, .. } | Event::FetchFailed { page, .. }) = note.event else {
+                return None;
+            };
+            Some(self.slot(page))
+        });
+        let waited = |slot: &usize| self.guest.is_waited_on(*slot);
+        let late: Vec<usize> = asked.chain(answered).filter(waited).collect();
+        for slot in late.into_iter().take(4) {
+            let (page, sponsor) = (self.page(slot), sponsor as u8);
+            self.inbox.push_back(Event::Late { page, sponsor }.into());
+        }
+    }
+
+    /// A sponsor that is down for a while is given up, if only for now.
+    fn give_up(&mut self, sponsor: usize) {
+        let node = &self.nodes[sponsor];
+        if !node.up && self.tick >= node.down_since + AWAY_TICKS {
+            self.stats.mark(Mark::SponsorLost);
+            self.inbox.push_back(Event::SponsorLost { sponsor: sponsor as u8 }.into());
+        }
+    }
+
+    fn leaving(&mut self, sponsor: usize) {
+        let leaving = !self.nodes[sponsor].leaving;
+        self.nodes[sponsor].leaving = leaving;
+        self.stats.mark(Mark::Leaving);
+        self.inbox.push_back(Event::SponsorLeaving { sponsor: sponsor as u8, leaving }.into());
+    }
+
+    fn add_sponsor(&mut self) {
+        if self.nodes.len() >= SPONSORS_DRAWN_MAX || self.pager_is_dead() {
+            return;
+        }
+        self.stats.mark(Mark::SponsorAdded);
+        let weight = self.rng.range(1, 3) as u32;
+        self.added.push(weight);
+        self.pager.add_sponsor(weight);
+        let spare = self.rng.below(500) as u64;
+        let mut node = Node::new(self.params.slots.len(), spare, self.known.len());
+        node.machine.broken_fencing = self.nodes[0].machine.broken_fencing;
+        node.down_since = self.tick;
+        self.nodes.push(node);
+    }
+
     /// Others take all memory of the machine, or give it back.
     fn fill_memory(&mut self) {
         self.memory_full = !self.memory_full;
@@ -292,32 +421,47 @@ impl World {
         let now = self.pager.gauges().budget_pages;
         let pages = self.rng.range(BUDGET_MIN, BUDGET_MAX) as u64;
         self.stats.mark(if pages < now { Mark::BudgetLowered } else { Mark::BudgetRaised });
+        self.config.budget_pages = pages;
         self.deliver(Event::SetBudget { pages }.into())
     }
 
     /// The owner before the last takeover is not dead, and does not know that it lost the region.
     fn old_owner(&mut self, sponsor: usize, slot: usize) -> Check {
-        if !self.nodes[sponsor].up {
+        let node = &mut self.nodes[sponsor];
+        if !node.alive || node.epoch == Epoch(0) {
             return Ok(());
         }
-        let page = self.page(slot);
-        self.note(page, What::Zombie { sponsor: sponsor as u8 });
+        let page = heca_types::PageIndex(self.params.slots[slot]);
+        let old = Epoch(node.epoch.0 - 1);
+        let version = node.store[slot].map_or(PageVersion(1), |stored| stored.version);
         let new = (PageVersion(u32::MAX / 2), 0xdead_0000 + self.tick);
-        let quota = self.nodes[sponsor].store.len() as u64;
-        let node = &mut self.nodes[sponsor];
-        let wrote = node.write(EPOCH_OLD, page, slot, new).is_ok();
-        let opened = node.machine.open(self.tick, &open_request(1, EPOCH_OLD, quota)).is_ok();
-        let renewed = node.machine.renew(self.tick, region_id(1), EPOCH_OLD).is_ok();
-        self.check_refused(page, "a write", !wrote)?;
-        self.check_refused(page, "an open", !opened)?;
-        self.check_refused(page, "a renewal", !renewed)?;
+        let quota = node.store.len() as u64;
+        let mut done = [
+            ("a read", node.read(old, page, slot, version) != Err(FetchError::Refused)),
+            ("a copy", node.start_pull(old, page, slot, new.0) != PullStart::Refused),
+            ("a write", node.write(old, page, slot, new).is_ok()),
+            ("an open", node.machine.open(self.tick, &open_request(1, old, quota)).is_ok()),
+            ("a renewal", node.machine.renew(self.tick, region_id(1), old).is_ok()),
+            ("a release", false),
+            ("a close", false),
+        ];
+        done[5].1 = node.release(self.tick, old, page.extent(), &self.params.slots).is_ok();
+        done[6].1 = node.machine.close(region_id(1), old).is_ok();
+        let takeover = node.epoch > EPOCH_FIRST;
+        self.note(page, What::Zombie { sponsor: sponsor as u8 });
+        for (what, done) in done {
+            self.check_refused(page, what, !done)?;
+        }
         self.stats.mark(Mark::ZombieRefused);
+        if takeover {
+            self.stats.mark(Mark::Takeover);
+        }
         Ok(())
     }
 
     /// Other owners open and close regions, and forget them.
     fn other_region(&mut self, sponsor: usize) -> Check {
-        if !self.nodes[sponsor].up {
+        if !self.nodes[sponsor].alive {
             return Ok(());
         }
         let now_ms = self.tick;
@@ -325,9 +469,9 @@ impl World {
         let machine = &mut self.nodes[sponsor].machine;
         if self.rng.one_in(4) {
             // A region that is not there is refused, which is as good.
-            let _ = machine.close(region_id(number), EPOCH);
+            let _ = machine.close(region_id(number), EPOCH_FIRST);
         } else {
-            let mut request = open_request(number, EPOCH, self.rng.below(400) as u64);
+            let mut request = open_request(number, EPOCH_FIRST, self.rng.below(400) as u64);
             request.lease_ms = LEASE_MS_MIN;
             let opened = machine.open(now_ms, &request).is_ok();
             self.stats.mark(if opened { Mark::RegionOpened } else { Mark::RegionRefused });
@@ -340,10 +484,12 @@ impl World {
 /// What becomes of an answer that was under way when the connection was lost.
 fn lost(answer: Event, sponsor: u8) -> Event {
     match answer {
-        Event::Fetched { page } | Event::FetchFailed { page, .. } => {
+        Event::Fetched { page, .. } | Event::FetchFailed { page, .. } => {
             Event::FetchFailed { page, sponsor, error: FetchError::Lost }
         }
         Event::Stored { page, version, .. } => Event::StoreFailed { page, version, sponsor },
+        Event::Held { extent, .. } => Event::Held { extent, sponsor, ok: false },
+        Event::Pulled { page, attempt, .. } => Event::Pulled { page, attempt, ok: false },
         other => other,
     }
 }

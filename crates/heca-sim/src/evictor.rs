@@ -20,7 +20,7 @@ pub(crate) struct Victim {
     pub(crate) page: PageIndex,
     pub(crate) version: PageVersion,
     pub(crate) dirty: bool,
-    pub(crate) replicas: u8,
+    pub(crate) sponsors: u16,
     /// Set once it is known without reading the page.
     pub(crate) outcome: Option<Unmapped>,
     pub(crate) value: u64,
@@ -59,6 +59,14 @@ impl Evictor {
 
     pub(crate) fn is_idle(&self) -> bool {
         self.batches.is_empty()
+    }
+
+    pub(crate) fn is_unmapping(&self) -> bool {
+        self.batches.iter().any(|batch| matches!(batch, Batch::Unmap { .. }))
+    }
+
+    pub(crate) fn punching(&self) -> usize {
+        self.batches.iter().filter(|batch| matches!(batch, Batch::Punch { .. })).count()
     }
 }
 
@@ -152,25 +160,21 @@ impl World {
     }
 
     fn evict_send(&mut self, victim: &Victim) {
-        let Victim { page, version, replicas, value, .. } = *victim;
+        let Victim { page, version, sponsors, value, .. } = *victim;
         let outcome = victim.outcome.unwrap_or_else(|| {
             if value != 0 {
-                return Unmapped::Sent(replicas);
+                return Unmapped::Sent(sponsors);
             }
             let told = version.0 != 1;
             self.stats.mark(if told { Mark::ZeroTold } else { Mark::ZeroUntold });
-            Unmapped::Zero(if told { replicas } else { 0 })
+            Unmapped::Zero(if told { sponsors } else { 0 })
         });
         self.inbox.push_back(Event::Unmapped { page, version, outcome }.into());
         let (Unmapped::Sent(mask) | Unmapped::Zero(mask)) = outcome else {
             return;
         };
-        let set = self.layout.replicas(page.extent());
         let slot = self.slot(page);
-        for (replica, &sponsor) in set.sponsors().iter().enumerate() {
-            if mask >> replica & 1 == 0 {
-                continue;
-            }
+        for sponsor in (0..self.nodes.len() as u8).filter(|s| mask >> s & 1 == 1) {
             let node = &mut self.nodes[usize::from(sponsor)];
             if node.up {
                 let request = Request::Store { slot, version, value };
@@ -189,6 +193,7 @@ impl World {
             let slot = self.slot(page);
             self.kernel.punch(slot);
             self.note(page, What::Dropped);
+            self.recount_lost(slot);
         }
         self.inbox.push_back(Event::Punched { page, ok }.into());
         Ok(())

@@ -110,6 +110,15 @@ impl Guest {
         vcpu.fault != message.fault || vcpu.blocked_on().is_none()
     }
 
+    /// Everybody who waits tries again.
+    pub(crate) fn wake_all(&mut self) {
+        for vcpu in &mut self.vcpus {
+            if let State::Blocked(access) = vcpu.state {
+                vcpu.state = State::Running(Some(access));
+            }
+        }
+    }
+
     /// Wakes whoever waits on a page: they try again.
     pub(crate) fn wake(&mut self, slot: usize) {
         for vcpu in &mut self.vcpus {
@@ -163,7 +172,7 @@ impl World {
                 if was_wp {
                     self.stats.mark(Mark::AsyncCleared);
                 }
-                self.oracle.expected[slot] = Expected { value, before_discard: None };
+                self.oracle.expected[slot] = Expected { value, ..Expected::default() };
                 self.stats.writes += 1;
                 self.note(page, What::Write { vcpu, value });
             }

@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 
 use heca_core::pager::{Action, Event, FaultKind};
+use heca_core::placement::ReplicaSet;
 
-const RECORDS_MAX: usize = 200_000;
-const LINES_MAX: usize = 40;
+const RECORDS_MAX: usize = 400_000;
+const LINES_MAX: usize = 60;
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum What {
@@ -26,6 +27,15 @@ pub(crate) enum What {
     CopyRotted { sponsor: u8 },
     Crashed { sponsor: u8 },
     Restarted { sponsor: u8 },
+    Cut { sponsor: u8 },
+    Connected { sponsor: u8, epoch: u64 },
+    Emptied { sponsor: u8 },
+    Held { sponsor: u8, extent: u32, ok: bool },
+    Released { sponsor: u8, extent: u32, ok: bool },
+    PullRead { from: u8, to: u8, version: u32, value: Option<u64> },
+    Extent { extent: u32, set: ReplicaSet, stale: u8 },
+    PagerCrashed,
+    Recovered { epoch: u64 },
     KernelUnmapped,
     OwnerDiscarded,
     Zombie { sponsor: u8 },
@@ -80,7 +90,23 @@ impl What {
         match self {
             Self::ToPager(Event::SponsorDown { sponsor } | Event::SponsorUp { sponsor })
             | Self::Crashed { sponsor }
+            | Self::Cut { sponsor }
+            | Self::Connected { sponsor, .. }
+            | Self::Emptied { sponsor }
+            | Self::Held { sponsor, .. }
+            | Self::Released { sponsor, .. }
             | Self::Restarted { sponsor } => Some(sponsor),
+            Self::ToPager(
+                Event::SponsorLost { sponsor }
+                | Event::SponsorEmptied { sponsor }
+                | Event::SponsorSuspect { sponsor, .. }
+                | Event::SponsorLeaving { sponsor, .. }
+                | Event::Held { sponsor, .. }
+                | Event::Latency { sponsor, .. },
+            )
+            | Self::FromPager(Action::Hold { sponsor, .. } | Action::Release { sponsor, .. }) => {
+                Some(sponsor)
+            }
             _ => None,
         }
     }
@@ -110,6 +136,25 @@ impl What {
             Self::CopyRotted { sponsor } => format!("sponsor {sponsor}   copy rotted"),
             Self::Crashed { sponsor } => format!("sponsor {sponsor}   crashed"),
             Self::Restarted { sponsor } => format!("sponsor {sponsor}   restarted"),
+            Self::Cut { sponsor } => format!("sponsor {sponsor}   connections cut"),
+            Self::Connected { sponsor, epoch } => {
+                format!("sponsor {sponsor}   connected, epoch {epoch}")
+            }
+            Self::Emptied { sponsor } => format!("sponsor {sponsor}   lost what it held"),
+            Self::Held { sponsor, extent, ok } => {
+                format!("sponsor {sponsor}   holds extent {extent}: {ok}")
+            }
+            Self::Released { sponsor, extent, ok } => {
+                format!("sponsor {sponsor}   forgets extent {extent}: {ok}")
+            }
+            Self::PullRead { from, to, version, value } => {
+                format!("sponsor {from}   read version {version} for {to}: {value:x?}")
+            }
+            Self::Extent { extent, set, stale } => {
+                format!("journal     extent {extent} on {:?}, gaps {stale:#b}", set.sponsors())
+            }
+            Self::PagerCrashed => "pager       crashed".into(),
+            Self::Recovered { epoch } => format!("pager       new, epoch {epoch}"),
             Self::KernelUnmapped => "kernel      removed the mapping unasked".into(),
             Self::OwnerDiscarded => "owner       discarded the page".into(),
             Self::Zombie { sponsor } => format!("old owner   wrote to sponsor {sponsor}"),

@@ -16,18 +16,24 @@ mod evictor;
 mod guest;
 mod history;
 mod kernel;
+mod links;
 mod network;
 mod oracle;
 mod params;
+mod recovery;
+mod redundancy;
 mod report;
 mod rng;
+mod scenario;
 mod world;
 
+use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use heca_core::pager::Mutation;
 
 pub use report::{Branch, InvariantChecks, Report, SIM_1, Violation, rare_branches_missed};
+pub use scenario::Scenario;
 
 use history::History;
 use oracle::Failure;
@@ -49,7 +55,7 @@ pub struct Options {
     pub mutation: Option<Mutation>,
 }
 
-/// Runs worlds one after the other until the ticks are used up.
+/// Runs mixed worlds one after the other until the ticks are used up.
 ///
 /// # Errors
 /// The first invariant that does not hold, with the history of what led to it.
@@ -59,17 +65,65 @@ pub fn run(options: &Options) -> Result<Report, Box<Violation>> {
     // The first world has the seed of the run: so a world can be run alone.
     let mut seed = options.seed;
     while ticks < options.ticks || worlds == 0 {
-        let world_ticks = (options.ticks - ticks).min(WORLD_TICKS);
-        let mut world = World::new(seed, options.mutation, stats);
-        if run_world(&mut world, world_ticks).is_err() {
-            return Err(Box::new(explain(seed, world_ticks, options.mutation)));
-        }
-        ticks += world.tick;
-        stats = world.stats;
+        let world = WorldOptions {
+            scenario: Scenario::Mixed,
+            seed,
+            ticks: (options.ticks - ticks).min(WORLD_TICKS),
+            mutation: options.mutation,
+        };
+        ticks += run_one(&world, &mut stats)?;
         worlds += 1;
         seed = rng::mix(seed);
     }
     Ok(stats.report(options.seed, ticks, worlds))
+}
+
+/// Which worlds of a scenario to run.
+#[derive(Debug, Clone)]
+pub struct Search {
+    /// The kind of world.
+    pub scenario: Scenario,
+    /// One world for each of these seeds.
+    pub seeds: RangeInclusive<u64>,
+    /// Steps to do in each.
+    pub ticks_per_seed: u64,
+    /// Break an invariant on purpose.
+    pub mutation: Option<Mutation>,
+}
+
+/// Runs one world for each seed.
+///
+/// # Errors
+/// The first invariant that does not hold, with the history of what led to it.
+pub fn search(search: &Search) -> Result<Report, Box<Violation>> {
+    let mut stats = Stats::default();
+    let (mut ticks, mut worlds) = (0, 0);
+    for seed in search.seeds.clone() {
+        let Search { scenario, ticks_per_seed: ticks_wanted, mutation, .. } = *search;
+        let world = WorldOptions { scenario, seed, ticks: ticks_wanted, mutation };
+        ticks += run_one(&world, &mut stats)?;
+        worlds += 1;
+    }
+    Ok(stats.report(*search.seeds.start(), ticks, worlds))
+}
+
+#[derive(Debug, Clone, Copy)]
+struct WorldOptions {
+    scenario: Scenario,
+    seed: u64,
+    ticks: u64,
+    mutation: Option<Mutation>,
+}
+
+/// Runs one world and says how many ticks it took.
+fn run_one(options: &WorldOptions, stats: &mut Stats) -> Result<u64, Box<Violation>> {
+    let WorldOptions { scenario, seed, ticks, mutation } = *options;
+    let mut world = World::new(seed, scenario, mutation, std::mem::take(stats));
+    if run_world(&mut world, ticks).is_err() {
+        return Err(Box::new(explain(options)));
+    }
+    *stats = world.stats;
+    Ok(world.tick)
 }
 
 /// Runs a world; a panic of a machine (a failed debug assertion) is a violation, too.
@@ -84,16 +138,17 @@ fn run_world(world: &mut World, ticks: u64) -> Result<(), Failure> {
 }
 
 /// Runs a world that failed once more, this time taking notes.
-fn explain(seed: u64, ticks: u64, mutation: Option<Mutation>) -> Violation {
-    let mut world = World::new(seed, mutation, Stats::default());
+fn explain(options: &WorldOptions) -> Violation {
+    let WorldOptions { scenario, seed, ticks, mutation } = *options;
+    let mut world = World::new(seed, scenario, mutation, Stats::default());
     world.history = Some(History::default());
     let failure = run_world(&mut world, ticks).expect_err("a world does the same each time");
-    let sponsors = failure.page.map(|page| world.layout.replicas(page.extent()));
-    let sponsors = sponsors.as_ref().map_or(&[][..], |set| set.sponsors());
+    let sponsors: Vec<u8> = (0..world.nodes.len() as u8).collect();
     let page = failure.page.map(|page| page.0);
-    let history = world.history.unwrap_or_default().lines(page, sponsors);
+    let history = world.history.unwrap_or_default().lines(page, &sponsors);
     Violation {
         invariant: failure.invariant,
+        scenario,
         seed,
         ticks,
         mutation,

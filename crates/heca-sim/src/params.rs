@@ -7,9 +7,12 @@ use heca_core::pager::Protection;
 use heca_types::limits::EXTENT_PAGES;
 
 use crate::rng::Rng;
+use crate::scenario::Scenario;
 
 pub(crate) const BUDGET_MIN: usize = 64;
 pub(crate) const BUDGET_MAX: usize = 600;
+/// Sponsors of the beginning and those added later.
+pub(crate) const SPONSORS_DRAWN_MAX: usize = 6;
 
 /// How often trouble comes: once in this many occasions, 0 for never.
 #[derive(Debug, Clone, Default)]
@@ -31,6 +34,27 @@ pub(crate) struct Rates {
     pub(crate) lose: usize,
     pub(crate) budget: usize,
     pub(crate) memory_full: usize,
+    /// A connection is lost, the sponsor lives on.
+    pub(crate) cut: usize,
+    /// One connection of a sponsor stops for a while.
+    pub(crate) lane_freeze: usize,
+    /// An answer to a fetch is held up, with all behind it.
+    pub(crate) slow_answer: usize,
+    pub(crate) suspect: usize,
+    pub(crate) latency: usize,
+    /// The answer to a fetch is overdue.
+    pub(crate) overdue: usize,
+    /// A sponsor that is down is given up.
+    pub(crate) sponsor_lost: usize,
+    pub(crate) leaving: usize,
+    /// A sponsor has no room for further extents, or has again.
+    pub(crate) full: usize,
+    pub(crate) add_sponsor: usize,
+    pub(crate) pull_fails: usize,
+    pub(crate) empty: usize,
+    pub(crate) pager_crash: usize,
+    /// The old owner goes on after a takeover.
+    pub(crate) old_owner: usize,
 }
 
 /// How often each actor gets its turn, relative to the others.
@@ -55,7 +79,12 @@ pub(crate) struct Params {
     pub(crate) protection: Protection,
     pub(crate) prefetch: bool,
     pub(crate) replicas: usize,
+    /// All sponsors of the beginning.
     pub(crate) sponsor_weights: Vec<u32>,
+    /// How many of them hold extents from the beginning.
+    pub(crate) sponsors_first: usize,
+    /// Ticks between two times of rest.
+    pub(crate) chaos_ticks: u64,
     pub(crate) vcpus: usize,
     /// Writes out of 10 accesses.
     pub(crate) writes: usize,
@@ -70,13 +99,20 @@ pub(crate) struct Params {
 }
 
 impl Params {
-    pub(crate) fn draw(rng: &mut Rng) -> Self {
+    pub(crate) fn draw(rng: &mut Rng, scenario: Scenario) -> Self {
         let extents = rng.range(2, 3) as u64;
         let pages = (extents - 1) * EXTENT_PAGES + 500;
-        let slots = draw_slots(rng, pages);
-        let budget = (slots.len() / rng.range(2, 6)).clamp(BUDGET_MIN, BUDGET_MAX);
-        let sponsors = rng.range(1, 4);
+        let failover = scenario == Scenario::Failover;
+        let count = if failover { rng.range(90, 250) } else { rng.range(200, 2000) };
+        let slots = draw_slots(rng, pages, count);
+        let divisor = if failover { 10 } else { rng.range(2, 6) };
+        let budget = (slots.len() / divisor).clamp(BUDGET_MIN, BUDGET_MAX);
+        let first = scenario.sponsors_first(rng);
+        let sponsors = (first + rng.below(4)).min(SPONSORS_DRAWN_MAX);
         let zap = rng.one_in(2);
+        let mut rates = draw_rates(rng);
+        scenario.adjust(&mut rates, rng);
+        let chaos = if failover { 4 } else { 2 };
         Self {
             pages,
             slots,
@@ -84,27 +120,28 @@ impl Params {
             adopted: if rng.one_in(2) { rng.range(1, 2 * budget) } else { 0 },
             protection: if zap { Protection::Zap } else { Protection::WriteProtect },
             prefetch: !rng.one_in(4),
-            replicas: rng.range(1, sponsors.min(3)),
+            replicas: scenario.replicas(rng, first),
             sponsor_weights: (0..sponsors).map(|_| rng.range(1, 3) as u32).collect(),
-            vcpus: rng.range(2, 6),
-            writes: rng.range(1, 7),
+            sponsors_first: first,
+            chaos_ticks: rng.range(2_000, 8_000) as u64,
+            vcpus: if failover { rng.range(5, 10) } else { rng.range(2, 6) },
+            writes: if failover { rng.range(4, 7) } else { rng.range(1, 7) },
             pager_burst: rng.range(1, 8),
             weights: Weights {
                 guest: rng.range(4, 16),
                 pager: rng.range(4, 16),
                 evictor: rng.range(2, 10),
                 network: rng.range(2, 16),
-                chaos: rng.range(1, 2),
+                chaos: rng.range(chaos, chaos + 3),
             },
-            rates: draw_rates(rng),
+            rates,
             restore: rng.one_in(2),
             restore_accesses: rng.one_in(2),
         }
     }
 }
 
-fn draw_slots(rng: &mut Rng, pages: u64) -> Vec<u64> {
-    let count = rng.range(200, 2000);
+fn draw_slots(rng: &mut Rng, pages: u64, count: usize) -> Vec<u64> {
     let mut slots = BTreeSet::new();
     while slots.len() < count {
         let start = rng.below(pages as usize) as u64;
@@ -137,5 +174,19 @@ fn draw_rates(rng: &mut Rng) -> Rates {
         lose: if rng.one_in(4) { rng.range(4, 16) } else { 0 },
         budget: if rng.one_in(4) { 0 } else { rng.range(1, 16) },
         memory_full: if rng.one_in(2) { 0 } else { rng.range(4, 16) },
+        cut: if rng.one_in(3) { 0 } else { rng.range(4, 16) },
+        lane_freeze: if rng.one_in(3) { 0 } else { rng.range(1, 8) },
+        slow_answer: if rng.one_in(2) { 0 } else { rng.range(4, 60) },
+        suspect: rng.range(1, 8),
+        latency: rng.range(1, 4),
+        overdue: if rng.one_in(4) { 0 } else { rng.range(1, 3) },
+        sponsor_lost: if rng.one_in(3) { 0 } else { rng.range(1, 6) },
+        leaving: if rng.one_in(3) { 0 } else { rng.range(2, 12) },
+        full: if rng.one_in(2) { 0 } else { rng.range(2, 12) },
+        add_sponsor: if rng.one_in(2) { 0 } else { rng.range(4, 24) },
+        pull_fails: if rng.one_in(2) { 0 } else { rng.range(20, 400) },
+        empty: if rng.one_in(2) { 0 } else { rng.range(4, 12) },
+        pager_crash: if rng.one_in(2) { 0 } else { rng.range(6, 40) },
+        old_owner: if rng.one_in(3) { 0 } else { rng.range(1, 8) },
     }
 }

@@ -54,9 +54,22 @@ impl World {
 
     /// Counts down to the crash. `next` is the action that is about to be carried out.
     pub(crate) fn dies_at(&mut self, next: Option<Action>) -> bool {
+<<<<<<< HEAD
         match &mut self.actions_left {
             None => return false,
             Some(0) => {}
+=======
+        if self.actions_left.is_none() {
+            return false;
+        }
+        // Points of which there are few.
+        let rare = matches!(next, Some(Action::Fill { .. } | Action::Extent { .. }));
+        if rare && self.rng.one_in(2) {
+            self.actions_left = Some(0);
+        }
+        match &mut self.actions_left {
+            None | Some(0) => {}
+>>>>>>> wt-sim
             Some(left) => {
                 *left -= 1;
                 return false;
@@ -89,6 +102,10 @@ impl World {
             let node = &mut self.nodes[sponsor];
             node.up = false;
             node.down_since = self.tick;
+<<<<<<< HEAD
+=======
+            node.held_up.clear();
+>>>>>>> wt-sim
             let pulling = std::mem::take(&mut node.pulling);
             let lanes = std::mem::take(&mut node.lanes);
             let requests = lanes.into_iter().flat_map(|lane| lane.requests);

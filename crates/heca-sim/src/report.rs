@@ -7,6 +7,8 @@ use heca_core::invariants::{self, Invariant};
 use heca_core::pager::{Counters, Mutation};
 use serde::Serialize;
 
+use crate::scenario::Scenario;
+
 /// The machines' own debug assertions hold; the simulation reports a panic under this id.
 pub const SIM_1: Invariant =
     Invariant { id: "SIM-1", text: "the machines' own assertions hold in every run" };
@@ -52,6 +54,39 @@ marks! {
     MemoryFull => "sim_memory_full",
     Heal => "sim_heals",
     Restore => "sim_restores",
+    Cut => "sim_sponsors_cut",
+    LaneFrozen => "sim_lanes_frozen",
+    Suspect => "sim_suspects",
+    AnswerHeldUp => "sim_answers_held_up",
+    SponsorLost => "sim_sponsors_given_up",
+    Leaving => "sim_sponsors_leaving",
+    SponsorAdded => "sim_sponsors_added",
+    LateOlderVersion => "sim_late_answer_of_an_older_version",
+    EarlierFetch => "sim_answer_of_an_earlier_fetch_used",
+    HoldRefused => "sim_holds_refused",
+    Released => "sim_extents_released",
+    PullPresent => "sim_pulls_present",
+    PullCopied => "sim_pulls_copied",
+    PullSuperseded => "sim_pulls_superseded",
+    PullFailed => "sim_pulls_failed",
+    SourceSwitched => "sim_pull_sources_switched",
+    TargetCrashed => "sim_rebuild_target_crashed",
+    ReturnedAfterReplaced => "sim_returned_after_being_replaced",
+    LeavingAtRest => "sim_leaving_at_rest",
+    LostAtRest => "sim_lost_at_rest",
+    NotRebuildable => "sim_not_rebuildable_at_rest",
+    PagerCrash => "sim_pager_crashes",
+    CrashAmidActions => "sim_crash_amid_actions",
+    CrashWhileUnmapping => "sim_crash_while_unmapping",
+    CrashWhileStoring => "sim_crash_while_storing",
+    CrashWithStandby => "sim_crash_with_standby",
+    CrashWhilePunching => "sim_crash_while_punching",
+    CrashWhileFetching => "sim_crash_while_fetching",
+    CrashWhileFilling => "sim_crash_while_filling",
+    CrashWhileMoving => "sim_crash_while_moving",
+    Takeover => "sim_takeovers",
+    LateOldEpochRefused => "sim_late_frames_of_old_epoch_refused",
+    LateOldEpochExecuted => "sim_late_frames_of_old_epoch_executed",
 }
 
 /// Counters of the pager that mark a branch which must not stay untried.
@@ -80,10 +115,16 @@ const RARE_COUNTERS: &[&str] = &[
     "punch_failures",
     "faults_write_protect",
     "poisoned_pages",
+    "hedged_fetches",
+    "hedges_won",
+    "rebuilt_pages",
+    "rebuilt_extents",
+    "moved_extents",
+    "rebuild_failures",
 ];
 
 /// Counts of one run, over all its worlds.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Stats {
     pub(crate) reads_checked: u64,
     pub(crate) writes: u64,
@@ -91,6 +132,18 @@ pub(crate) struct Stats {
     checks: [u64; invariants::ALL.len()],
     marks: [u64; MARK_NAMES.len()],
     counters: BTreeMap<String, u64>,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self {
+            reads_checked: 0,
+            writes: 0,
+            checks: [0; invariants::ALL.len()],
+            marks: [0; MARK_NAMES.len()],
+            counters: BTreeMap::new(),
+        }
+    }
 }
 
 impl Stats {
@@ -112,7 +165,8 @@ impl Stats {
         }
     }
 
-    pub(crate) fn report(self, seed: u64, ticks: u64, worlds: u64) -> Report {
+    pub(crate) fn report(mut self, seed: u64, ticks: u64, worlds: u64) -> Report {
+        self.add_counters(&Counters::default());
         let invariants = invariants::ALL
             .iter()
             .zip(self.checks)
@@ -205,6 +259,8 @@ pub struct Violation {
     pub invariant: Invariant,
     /// Seed of the world that broke it: run alone, with [`Self::ticks`], it does so again.
     pub seed: u64,
+    /// The kind of world.
+    pub scenario: Scenario,
     /// Ticks to run that world with.
     pub ticks: u64,
     /// What was broken on purpose, if anything.
@@ -223,7 +279,13 @@ impl Violation {
     /// The command that shows the same violation again.
     #[must_use]
     pub fn command(&self) -> String {
-        let mut command = format!("heca sim --seed {} --ticks {}", self.seed, self.ticks);
+        let Self { scenario, seed, ticks, .. } = self;
+        let mut command = match scenario {
+            Scenario::Mixed => format!("heca sim --seed {seed} --ticks {ticks}"),
+            _ => format!(
+                "heca sim --scenario {scenario} --seeds {seed}..{seed} --ticks-per-seed {ticks}"
+            ),
+        };
         if let Some(mutation) = self.mutation {
             let name = serde_json::to_value(mutation).expect("a mutation is a plain name");
             command.push_str(" --break ");
@@ -236,7 +298,7 @@ impl Violation {
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} is broken: {}", self.invariant.id, self.invariant.text)?;
-        write!(f, "seed {}, tick {}", self.seed, self.tick)?;
+        write!(f, "{}, seed {}, tick {}", self.scenario, self.seed, self.tick)?;
         if let Some(page) = self.page {
             write!(f, ", page {page:#x}")?;
         }

@@ -156,11 +156,12 @@ impl Scenario {
         match self {
             Self::Mixed => {}
             Self::Failover => {
-                rates.crash = rng.range(2, 8);
-                rates.cut = rng.range(2, 8);
+                rates.crash = rng.range(4, 24);
+                rates.cut = rng.range(4, 24);
                 rates.freeze = all.freeze;
-                rates.lane_freeze = rng.range(1, 4);
+                rates.lane_freeze = rng.range(2, 12);
                 rates.suspect = all.suspect;
+                rates.slow_answer = rng.range(2, 20);
                 rates.overdue = 1;
                 rates.corrupt = all.corrupt;
             }

@@ -5,23 +5,23 @@ use std::collections::VecDeque;
 
 use heca_core::invariants::PG_5;
 use heca_core::pager::{Action, Config, Event, Mutation, Pager, Protection};
-use heca_core::placement::Layout;
-use heca_types::PageIndex;
+use heca_core::placement::{Layout, ReplicaSet};
 use heca_types::limits::EXTENT_PAGES;
+use heca_types::{Epoch, ExtentIndex, PageIndex, PageVersion};
 
 use crate::actions::{action_page, event_page};
 use crate::evictor::Evictor;
 use crate::guest::{FaultMessage, Guest};
 use crate::history::{History, What};
 use crate::kernel::Kernel;
-use crate::network::{Node, Note};
+use crate::network::{EPOCH_FIRST, Node, Note};
 use crate::oracle::{Check, Oracle, fail};
 use crate::params::{Params, Rates};
+use crate::recovery::Journal;
 use crate::report::{Mark, Stats};
 use crate::rng::Rng;
+use crate::scenario::Scenario;
 
-/// Ticks between two times of rest.
-const CHAOS_TICKS: u64 = 8_000;
 /// Ticks in which a healed world must come to rest.
 const HEAL_TICKS: u64 = 100_000;
 /// Ticks in which every page must be home.
@@ -57,13 +57,26 @@ pub(crate) struct World {
     pub(crate) memory_full: bool,
     quiet: Rates,
     pub(crate) pager: Pager,
-    pub(crate) layout: Layout,
+    /// Settings of each new pager.
+    pub(crate) config: Config,
+    /// Weights of the sponsors that were added later.
+    pub(crate) added: Vec<u32>,
+    pub(crate) epoch: Epoch,
+    pub(crate) journal: Journal,
+    /// Replica sets and gaps as they were last written down.
+    pub(crate) known: Vec<(ReplicaSet, u8)>,
+    /// The pager is dead, and another one comes at this tick.
+    pub(crate) dead_until: Option<u64>,
+    /// Actions until the pager dies.
+    pub(crate) actions_left: Option<usize>,
+    /// Source and attempt of the last copy of each page between sponsors.
+    pub(crate) pulled_from: Vec<Option<(u8, u32)>>,
     pub(crate) kernel: Kernel,
     pub(crate) guest: Guest,
     pub(crate) evictor: Evictor,
     pub(crate) nodes: Vec<Node>,
     /// Messages that the pager read but did not handle yet.
-    taken: VecDeque<FaultMessage>,
+    pub(crate) taken: VecDeque<FaultMessage>,
     /// What the evictor and the connections have for the pager, in order.
     pub(crate) inbox: VecDeque<Note>,
     pub(crate) oracle: Oracle,
@@ -77,41 +90,59 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, mutation: Option<Mutation>, stats: Stats) -> Self {
+    pub(crate) fn new(
+        seed: u64,
+        scenario: Scenario,
+        mutation: Option<Mutation>,
+        stats: Stats,
+    ) -> Self {
         let mut rng = Rng::new(seed);
-        let params = Params::draw(&mut rng);
+        let params = Params::draw(&mut rng, scenario);
         let slots = params.slots.len();
         let extents = params.pages.div_ceil(EXTENT_PAGES) as u32;
-        let layout = Layout::spread(extents, &params.sponsor_weights, params.replicas)
+        let first = &params.sponsor_weights[..params.sponsors_first];
+        let layout = Layout::spread(extents, first, params.replicas)
             .expect("there are at least as many sponsors as replicas");
-        let sponsors = params.sponsor_weights.len() as u8;
+        let sponsors = params.sponsor_weights.len();
         let mut nodes: Vec<Node> = (0..sponsors)
-            .map(|s| Node::new(slots, rng.below(500) as u64, layout.extents_of(s).collect()))
+            .map(|_| Node::new(slots, rng.below(500) as u64, extents as usize))
             .collect();
-        for node in &mut nodes {
+        for (sponsor, node) in nodes.iter_mut().enumerate() {
             node.machine.broken_fencing = mutation == Some(Mutation::AcceptStaleEpoch);
+            for extent in layout.extents_of(sponsor as u8) {
+                node.missed[extent.0 as usize] = false;
+            }
         }
         let mut slot_of = vec![NO_SLOT; params.pages as usize];
         for (slot, &page) in params.slots.iter().enumerate() {
             slot_of[page as usize] = slot as u32;
         }
-        let pager = Pager::new(Config {
+        let config = Config {
             pages: params.pages,
             budget_pages: params.budget as u64,
             protection: params.protection,
-            layout: layout.clone(),
-            sponsors,
+            replicas: params.replicas as u8,
+            weights: params.sponsor_weights.clone(),
+            layout,
             prefetch: params.prefetch,
             mutation,
-        });
+        };
+        let known = (0..extents).map(|e| (config.layout.replicas(ExtentIndex(e)), 0)).collect();
         Self {
             tick: 0,
             chaos: true,
             accesses: true,
             memory_full: false,
             quiet: Rates::default(),
-            pager,
-            layout,
+            pager: Pager::new(config.clone()),
+            config,
+            added: Vec::new(),
+            epoch: EPOCH_FIRST,
+            journal: Journal::new(slots, extents as usize),
+            known,
+            dead_until: None,
+            actions_left: None,
+            pulled_from: vec![None; slots],
             kernel: Kernel::new(slots, params.protection == Protection::Zap),
             guest: Guest::new(&params, &mut rng),
             evictor: Evictor::default(),
@@ -153,19 +184,24 @@ impl World {
 
     /// Runs the world for about this many ticks: trouble and rest in turns, rest at the end.
     pub(crate) fn run(&mut self, ticks: u64) -> Check {
+        for sponsor in 0..self.nodes.len() {
+            let connected = self.connect(sponsor);
+            debug_assert!(connected, "the offer has room for the region");
+        }
         self.check_layout()?;
         self.adopt();
         while self.tick < ticks {
             self.chaos = true;
             self.accesses = true;
-            let end = ticks.min(self.tick + CHAOS_TICKS);
+            let end = ticks.min(self.tick + self.params.chaos_ticks);
             while self.tick < end {
                 self.turn()?;
             }
             self.heal()?;
         }
         // A lost page that nobody touches stays remote for ever.
-        if self.params.restore && !self.oracle.lost.contains(&true) {
+        let moot = self.oracle.lost.contains(&true) || self.oracle.expected.iter().any(|e| e.any);
+        if self.params.restore && !moot {
             self.restore()?;
         }
         self.stats.add_counters(self.pager.counters());
@@ -180,7 +216,7 @@ impl World {
                 let value = self.guest.new_value();
                 self.kernel.adopt(slot, value);
                 self.oracle.expected[slot].value = value;
-                self.pager.adopt_resident(self.page(slot));
+                self.pager.adopt_resident(self.page(slot), PageVersion::NEVER);
                 self.note(self.page(slot), What::Adopted { value });
             }
         }
@@ -188,16 +224,19 @@ impl World {
     }
 
     /// One turn of an actor that has something to do, if one is found soon.
-    fn turn(&mut self) -> Check {
+    pub(crate) fn turn(&mut self) -> Check {
         self.tick += 1;
+        if self.dead_until.is_some_and(|tick| tick <= self.tick) {
+            self.recover()?;
+        }
+        self.thaw();
         for _ in 0..DRAWS_MAX {
             match self.draw_actor() {
                 Actor::Guest if self.guest.can_run(self.accesses) => return self.guest_turn(),
                 Actor::Pager if self.pager_has_work() => return self.pager_turn(),
                 Actor::Evictor if !self.evictor.is_idle() => return self.evictor_step(),
                 Actor::Network if self.nodes.iter().any(|node| node.can_move(self.tick)) => {
-                    self.network_step();
-                    return Ok(());
+                    return self.network_step();
                 }
                 Actor::Chaos if self.chaos => return self.chaos_step(),
                 _ => {}
@@ -227,7 +266,12 @@ impl World {
     }
 
     fn pager_has_work(&self) -> bool {
-        !(self.inbox.is_empty() && self.taken.is_empty() && self.guest.messages.is_empty())
+        let rebuild = self.pager.has_work() && self.pager.is_rebuilding();
+        !self.pager_is_dead() && (rebuild || !self.has_no_events())
+    }
+
+    fn has_no_events(&self) -> bool {
+        self.inbox.is_empty() && self.taken.is_empty() && self.guest.messages.is_empty()
     }
 
     /// Ends all trouble; then every vCPU must get what it waits for.
@@ -235,8 +279,12 @@ impl World {
         self.chaos = false;
         self.accesses = false;
         self.memory_full = false;
+        self.actions_left = None;
         self.note(None, What::Heal);
         self.stats.mark(Mark::Heal);
+        if self.pager_is_dead() {
+            self.recover()?;
+        }
         self.restart_all();
         let end = self.tick + HEAL_TICKS;
         let mut idle_ticks = 0;
@@ -244,11 +292,13 @@ impl World {
             self.turn()?;
             idle_ticks = if self.is_idle() { idle_ticks + 1 } else { 0 };
         }
-        self.check_no_waiters()
+        self.check_no_waiters()?;
+        self.wait_for_redundancy()
     }
 
     fn restore(&mut self) -> Check {
         self.stats.mark(Mark::Restore);
+        (0..self.nodes.len()).for_each(|sponsor| self.restart(sponsor));
         self.accesses = self.params.restore_accesses;
         self.deliver(Event::Restore.into())?;
         let end = self.tick + RESTORE_TICKS;
@@ -264,14 +314,22 @@ impl World {
 
     /// Whether nothing is under way anywhere.
     pub(crate) fn is_idle(&self) -> bool {
-        !self.pager_has_work() && self.evictor.is_idle() && self.nodes.iter().all(Node::is_idle)
+        self.has_no_events() && self.evictor.is_idle() && self.nodes.iter().all(Node::is_idle)
     }
 
     /// The pager thread handles some events, from whichever source it looks at.
     fn pager_turn(&mut self) -> Check {
         for _ in 0..self.rng.range(1, self.params.pager_burst) {
+            if self.pager_is_dead() {
+                return Ok(());
+            }
+            if self.rates().overdue != 0 && self.rng.one_in(8) {
+                let sponsor = self.rng.below(self.nodes.len());
+                self.overdue(sponsor);
+            }
             match self.rng.below(16) {
                 0 => self.deliver(Event::Tick.into())?,
+                15 if self.pager.has_work() => self.deliver(Event::Work.into())?,
                 1..5 => self.read_messages(),
                 5..10 => {
                     let Some(message) = self.taken.pop_front() else {
@@ -299,24 +357,43 @@ impl World {
         self.taken.extend(self.guest.messages.drain(..count));
     }
 
+    /// What an event says to the checks.
+    fn hear(&mut self, event: Event) {
+        match event {
+            Event::FetchFailed { page, sponsor, .. } => {
+                let slot = self.slot(page);
+                self.oracle.fetching[slot] &= !(1 << sponsor);
+            }
+            Event::Fetched { page, version, sponsor } => {
+                let slot = self.slot(page);
+                let asked = self.oracle.fetching[slot];
+                if asked != 0 && version < self.journal.versions[slot] {
+                    self.stats.mark(Mark::LateOlderVersion);
+                } else if asked != 0 && asked >> sponsor & 1 == 0 {
+                    self.stats.mark(Mark::EarlierFetch);
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Gives one event to the pager and carries out what it says.
     pub(crate) fn deliver(&mut self, note: Note) -> Check {
-        if let Event::Fetched { page } | Event::FetchFailed { page, .. } = note.event {
-            let slot = self.slot(page);
-            self.oracle.fetching[slot] = None;
+        if self.pager_is_dead() {
+            return Ok(());
         }
+        self.hear(note.event);
         let mut queue = VecDeque::new();
         self.step(note.event, &mut queue)?;
         let mut done = 0;
         while let Some((step, action)) = queue.pop_front() {
             done += 1;
             if done > ACTIONS_MAX {
-                let page = action_page(action);
-                return fail(
-                    PG_5,
-                    page,
-                    format!("one event leads to actions without end: {action:?}"),
-                );
+                let detail = format!("one event leads to actions without end: {action:?}");
+                return fail(PG_5, action_page(action), detail);
+            }
+            if self.dies_at(Some(action)) {
+                return Ok(());
             }
             let Some((what, result)) = self.execute(step, action, note.reply)? else {
                 continue;
@@ -329,8 +406,16 @@ impl World {
             if self.rng.one_in(16) {
                 self.evictor_step()?;
             }
-            let page = action_page(action);
-            self.step(Event::Installed { page, what, result }, &mut queue)?;
+            if self.dies_at(None) {
+                return Ok(());
+            }
+            if let Some(page) = action_page(action) {
+                self.step(Event::Installed { page, what, result }, &mut queue)?;
+            }
+        }
+        if let Event::SponsorEmptied { sponsor } = note.event {
+            // Whoever tells the pager knows that it wrote that down.
+            self.nodes[usize::from(sponsor)].emptied_untold = false;
         }
         Ok(())
     }
@@ -338,10 +423,14 @@ impl World {
     fn step(&mut self, event: Event, queue: &mut VecDeque<(u64, Action)>) -> Check {
         self.steps += 1;
         self.current = event_page(event);
-        if event != Event::Tick {
+        let rebuilding = self.pager.is_rebuilding();
+        if !matches!(event, Event::Tick | Event::Work) {
             self.note(self.current, What::ToPager(event));
         }
         self.pager.step(event, &mut self.actions);
+        if matches!(event, Event::SponsorDown { .. }) && rebuilding && !self.pager.is_rebuilding() {
+            self.stats.mark(Mark::TargetCrashed);
+        }
         for action in std::mem::take(&mut self.actions) {
             self.note(action_page(action), What::FromPager(action));
             queue.push_back((self.steps, action));

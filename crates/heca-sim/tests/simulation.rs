@@ -1,26 +1,39 @@
 //! The simulation's own tests: the machines hold up, and broken ones are noticed.
 
 use heca_core::pager::Mutation;
-use heca_sim::{Options, Violation, rare_branches_missed, run};
+use heca_sim::{Options, Scenario, Search, Violation, rare_branches_missed, run, search};
 
 fn options(seed: u64, ticks: u64) -> Options {
     Options { seed, ticks, mutation: None }
 }
 
+fn seeds(scenario: Scenario, last: u64, mutation: Option<Mutation>) -> Search {
+    Search { scenario, seeds: 1..=last, ticks_per_seed: 5_000, mutation }
+}
+
 #[test]
-fn invariants_hold_for_many_seeds() {
-    for seed in 0..200 {
-        if let Err(violation) = run(&options(seed, 5_000)) {
-            panic!("{violation}");
-        }
+fn invariants_hold_in_every_scenario_and_its_rare_branches_are_taken() {
+    for scenario in Scenario::ALL {
+        let report =
+            search(&seeds(scenario, 400, None)).unwrap_or_else(|violation| panic!("{violation}"));
+        let never = |name: &&&str| report.branches.iter().any(|b| b.name == **name && b.count == 0);
+        let missed: Vec<_> = scenario.expected().iter().filter(never).collect();
+        assert!(missed.is_empty(), "{scenario}: {missed:?} in {report}");
     }
 }
 
 /// The first violation within some seeds.
 fn caught(mutation: Mutation) -> Box<Violation> {
-    (0..16)
-        .find_map(|seed| run(&Options { seed, ticks: 20_000, mutation: Some(mutation) }).err())
-        .unwrap_or_else(|| panic!("{mutation:?} goes unnoticed"))
+    let scenario = match mutation {
+        Mutation::HedgeAnyVersion => Scenario::Failover,
+        Mutation::RebuildEarly => Scenario::Rebuild,
+        Mutation::AcceptStaleEpoch => Scenario::Fencing,
+        _ => Scenario::Mixed,
+    };
+    match search(&seeds(scenario, 100, Some(mutation))) {
+        Ok(_) => panic!("{mutation:?} goes unnoticed"),
+        Err(violation) => violation,
+    }
 }
 
 #[test]
@@ -28,16 +41,32 @@ fn every_mutation_breaks_its_invariant() {
     for mutation in Mutation::ALL {
         let fitting: &[&str] = match mutation {
             Mutation::ForgetDirty => &["PG-1", "PG-2"],
-            Mutation::PunchEarly => &["PG-2"],
+            Mutation::PunchEarly => &["PG-2", "RB-1"],
             Mutation::FetchTwice => &["PG-3"],
             Mutation::ForgetFault => &["PG-4", "PG-5"],
             Mutation::IgnoreBudget => &["PG-6"],
             Mutation::AcceptStaleEpoch => &["EP-1"],
+            Mutation::HedgeAnyVersion | Mutation::RecoverAsZero => &["PG-1"],
+            Mutation::RebuildEarly => &["RB-1"],
         };
         let violation = caught(mutation);
         assert!(fitting.contains(&violation.invariant.id), "{mutation:?}: {violation}");
         assert!(!violation.history.is_empty(), "{violation}");
     }
+}
+
+#[test]
+fn a_violation_of_a_scenario_can_be_shown_again_from_what_it_says() {
+    let first = caught(Mutation::RebuildEarly);
+    let Violation { scenario, seed, ticks, .. } = *first;
+    let expected = format!(
+        "heca sim --scenario rebuild --seeds {seed}..{seed} --ticks-per-seed {ticks} \
+         --break rebuild-early"
+    );
+    assert_eq!(first.command(), expected);
+    let mutation = first.mutation;
+    let again = Search { scenario, seeds: seed..=seed, ticks_per_seed: ticks, mutation };
+    assert_eq!(search(&again).expect_err("the same world").to_string(), first.to_string());
 }
 
 #[test]
@@ -58,7 +87,7 @@ fn a_seed_says_everything() {
 
 #[test]
 fn a_long_run_takes_every_rare_branch() {
-    let report = run(&options(1, 300_000)).unwrap_or_else(|violation| panic!("{violation}"));
+    let report = run(&options(1, 6_000_000)).unwrap_or_else(|violation| panic!("{violation}"));
     assert_eq!(rare_branches_missed(&report), Vec::<&str>::new(), "{report}");
     assert!(report.invariants.iter().all(|i| i.times > 0), "{report}");
 }

@@ -443,13 +443,49 @@ pub struct SimArguments {
     /// Steps to simulate.
     #[arg(long, default_value_t = 1_000_000)]
     pub ticks: u64,
+    /// Kind of trouble, one world for each of the seeds: mixed, failover, rebuild, recovery,
+    /// fencing, store, memory or all.
+    #[arg(long, value_name = "NAME", value_parser = parse_scenarios, conflicts_with_all = ["seed", "ticks"])]
+    pub scenario: Option<Scenarios>,
+    /// Seeds from the first to the last, such as 1..2000; one world for each.
+    #[arg(long, value_name = "A..B", value_parser = parse_seeds, conflicts_with_all = ["seed", "ticks"])]
+    pub seeds: Option<Seeds>,
+    /// Steps to simulate in each of these worlds.
+    #[arg(long, default_value_t = 12_000, value_name = "TICKS")]
+    pub ticks_per_seed: u64,
     /// Break an invariant on purpose, to see that it is noticed: forget-dirty, punch-early,
-    /// fetch-twice, forget-fault, ignore-budget or accept-stale-epoch.
+    /// fetch-twice, forget-fault, ignore-budget, accept-stale-epoch, hedge-any-version,
+    /// rebuild-early or recover-as-zero.
     #[arg(long = "break", value_name = "MUTATION", value_parser = parse_mutation)]
     pub mutation: Option<Mutation>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Scenarios to run.
+#[derive(Debug, Clone)]
+pub struct Scenarios(pub Vec<heca_sim::Scenario>);
+
+/// Seeds of worlds.
+#[derive(Debug, Clone)]
+pub struct Seeds(pub std::ops::RangeInclusive<u64>);
+
+fn parse_scenarios(text: &str) -> Result<Scenarios, String> {
+    if text == "all" {
+        return Ok(Scenarios(heca_sim::Scenario::ALL.to_vec()));
+    }
+    text.parse().map(|scenario| Scenarios(vec![scenario]))
+}
+
+fn parse_seeds(text: &str) -> Result<Seeds, String> {
+    let (first, last) = text.split_once("..").unwrap_or((text, text));
+    let number = |text: &str| text.parse().map_err(|_| format!("`{text}` is no seed"));
+    let (first, last): (u64, u64) = (number(first)?, number(last)?);
+    if first > last {
+        return Err(format!("{first}..{last} has no seeds"));
+    }
+    Ok(Seeds(first..=last))
 }
 
 fn parse_mutation(text: &str) -> Result<Mutation, String> {

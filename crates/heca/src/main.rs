@@ -76,10 +76,53 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
+        Command::Sim(arguments) if arguments.scenario.is_some() || arguments.seeds.is_some() => {
+            return search_scenarios(&arguments);
+        }
         Command::Sim(arguments) => return output::run_sim(&arguments),
         Command::Bench(arguments) => bench::run(&arguments)?,
         Command::Memtest(arguments) => return memtest::run(&arguments),
         Command::BenchTarget(arguments) => bench::target::run(&arguments)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs one simulated world for each seed of each scenario.
+fn search_scenarios(arguments: &cli::SimArguments) -> anyhow::Result<ExitCode> {
+    let mixed = || vec![heca_sim::Scenario::Mixed];
+    let scenarios = arguments.scenario.as_ref().map_or_else(mixed, |s| s.0.clone());
+    let seeds = arguments.seeds.as_ref().map_or(1..=100, |s| s.0.clone());
+    for scenario in scenarios {
+        let begin = std::time::Instant::now();
+        let search = heca_sim::Search {
+            scenario,
+            seeds: seeds.clone(),
+            ticks_per_seed: arguments.ticks_per_seed,
+            mutation: arguments.mutation,
+        };
+        let report = match heca_sim::search(&search) {
+            Ok(report) => report,
+            Err(violation) => {
+                println!("{violation}");
+                return Ok(ExitCode::FAILURE);
+            }
+        };
+        if arguments.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+            continue;
+        }
+        let checks: u64 = report.invariants.iter().map(|i| i.times).sum();
+        println!(
+            "{:<9} {} worlds, {} ticks, {checks} checks, {:.1} s",
+            scenario.name(),
+            report.worlds,
+            report.ticks,
+            begin.elapsed().as_secs_f64()
+        );
+        for name in scenario.expected() {
+            let branch = report.branches.iter().find(|b| b.name == *name);
+            println!("  {name:<42}{:>12}", branch.map_or(0, |b| b.count));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

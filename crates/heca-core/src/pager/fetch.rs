@@ -160,6 +160,19 @@ impl Pager {
         }
     }
 
+    /// Blocked faults with a replica that can be reached get another look: its error may have been
+    /// a passing one, or it is a new one.
+    pub(super) fn retry_blocked(&mut self) {
+        for _ in 0..self.blocked.len() {
+            let Some(page) = self.blocked.pop(&mut self.links) else { return };
+            if self.up_mask(PageIndex(page)) == 0 {
+                self.blocked.push(&mut self.links, page);
+            } else {
+                self.stalled.push(&mut self.links, page);
+            }
+        }
+    }
+
     /// A fetch ended without a page: its frame is free, the page is remote.
     pub(super) fn give_up_fetch(&mut self, page: PageIndex) {
         let p = self.page(page);

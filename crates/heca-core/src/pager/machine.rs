@@ -26,6 +26,9 @@ pub(super) enum State {
 /// Ticks before the first look for extents to rebuild.
 const PAUSE_AT_START: u64 = 2;
 
+/// Ticks between two looks at faults that wait for a sponsor.
+const BLOCKED_TICKS: u64 = 16;
+
 /// The sponsors may not have the page's content: store it even if the kernel calls it clean.
 pub(super) const DIRTY: u8 = 1;
 /// A thread waits for the page.
@@ -75,7 +78,7 @@ pub struct Pager {
     pub(super) active: List,
     pub(super) standby: List,
     /// Faults that wait for a frame.
-    stalled: List,
+    pub(super) stalled: List,
     /// Faults that wait for a sponsor.
     pub(super) blocked: List,
     pub(super) stale: Vec<StaleMask>,
@@ -95,6 +98,10 @@ pub struct Pager {
     pub(super) rebuild_pause: u64,
     /// Extent where the next look begins.
     pub(super) rebuild_cursor: u32,
+    /// Holds that were not answered yet.
+    pub(super) holds: Vec<(ExtentIndex, u8)>,
+    /// Extents whose last rebuild lacked a source for a page.
+    pub(super) rebuild_failed: Vec<ExtentIndex>,
     pub(super) attempt: u32,
     pub(super) ticks: u64,
     /// Extents whose record is to be written down.
@@ -145,6 +152,8 @@ impl Pager {
             rebuild: None,
             rebuild_pause: PAUSE_AT_START,
             rebuild_cursor: 0,
+            holds: Vec::new(),
+            rebuild_failed: Vec::new(),
             attempt: 0,
             ticks: 0,
             changed: Vec::new(),
@@ -214,6 +223,7 @@ impl Pager {
 
     /// Takes one event and appends what is to be done.
     pub fn step(&mut self, event: Event, out: &mut Vec<Action>) {
+        let begin = out.len();
         match event {
             Event::Fault { page, kind } => self.fault(page, kind, out),
             Event::Fetched { page, version, sponsor } => self.fetched(page, version, sponsor, out),
@@ -272,6 +282,9 @@ impl Pager {
             Event::Tick => {
                 self.starved = false;
                 self.ticks += 1;
+                if self.ticks.is_multiple_of(BLOCKED_TICKS) {
+                    self.retry_blocked();
+                }
                 self.rebuild_more(out);
             }
         }
@@ -282,7 +295,10 @@ impl Pager {
         self.serve_stalled(out);
         self.balance(out);
         self.restore_more(out);
-        out.extend(self.changed.drain(..).map(|extent| Action::Extent { extent }));
+        // First: a crash amid the actions must not leave a record that promises what a later one
+        // of them takes away.
+        let changed = self.changed.drain(..).map(|extent| Action::Extent { extent });
+        out.splice(begin..begin, changed);
     }
 
     pub(super) fn page(&mut self, page: PageIndex) -> &mut Page {

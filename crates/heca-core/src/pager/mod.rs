@@ -30,6 +30,8 @@
 //!   `Fetched` event came from;
 //! - the answers to one `Unmap` come in order: `Unmapped` first, then `Stored` or `StoreFailed`
 //!   for each replica that it was sent to;
+//! - each `Hold` gets one answer, and a sponsor carries out `Hold` and `Release` in their order; those
+//!   of a connection that was lost are not carried out after the next `SponsorUp`;
 //! - `SponsorDown` comes before the `FetchFailed` and `StoreFailed` of what was in flight there.
 
 mod evict;

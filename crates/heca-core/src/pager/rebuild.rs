@@ -156,6 +156,7 @@ impl Pager {
             let all = r.looked_at == EXTENT_PAGES && r.again.is_empty();
             if all && (r.in_flight.is_empty() || early) {
                 if r.failed && !early {
+                    self.rebuild_failed.push(r.extent);
                     self.rebuild = Some(r);
                     self.abort_rebuild(out);
                 } else {
@@ -202,7 +203,13 @@ impl Pager {
                 | State::Fetching => {}
             }
             let Some(from) = self.source(r.extent, r.to, tries) else {
-                r.failed = true;
+                if p.state == State::Standby {
+                    // The copies went bad, but the page is here: it is stored anew.
+                    self.standby.remove(&mut self.links, page.0);
+                    self.make_resident(page, DIRTY);
+                } else {
+                    r.failed = true;
+                }
                 continue;
             };
             r.in_flight.insert(number, tries);
@@ -227,12 +234,26 @@ impl Pager {
         self.pause();
         let extents = self.config.layout.len();
         let from = self.rebuild_cursor;
+        if self.up == 0 {
+            return;
+        }
         for urgent in [true, false] {
             for number in (from..extents).chain(0..from) {
-                if self.up != 0 && self.plan_extent(ExtentIndex(number), urgent, out) {
+                let extent = ExtentIndex(number);
+                let failed = self.rebuild_failed.contains(&extent);
+                if !failed && self.plan_extent(extent, urgent, out) {
                     self.rebuild_cursor = number;
                     return;
                 }
+            }
+        }
+        // Those that lacked a source must not keep others waiting: they come last, in turn.
+        for extent in std::mem::take(&mut self.rebuild_failed) {
+            let begun = self.rebuild.is_some();
+            if begun {
+                self.rebuild_failed.push(extent);
+            } else if !self.plan_extent(extent, true, out) {
+                self.plan_extent(extent, false, out);
             }
         }
     }
@@ -246,10 +267,14 @@ impl Pager {
         let complete = up & !stale;
         if set.count() > self.config.replicas {
             // A move that was interrupted.
+            // What has gaps and will not be filled, or is not coming back, is of no use beside a
+            // complete one, and would keep the extent from another target.
+            let hopeless = stale & (leaving | !up) | Self::mask_of(set, self.lost) & !up;
             let spare = (0..set.count()).find(|&p| {
                 let useless = (stale | leaving | !up) >> p & 1 == 1;
                 let rest = (complete & !(1 << p)).count_ones();
-                useless && rest >= u32::from(self.config.replicas)
+                let enough = rest >= u32::from(self.config.replicas);
+                useless && enough || hopeless >> p & 1 == 1 && rest > 0
             });
             if let Some(position) = spare {
                 let sponsor = set.sponsors()[usize::from(position)];
@@ -259,13 +284,13 @@ impl Pager {
             }
         }
         if urgent {
-            let in_place = (0..set.count()).find(|&p| (stale & up) >> p & 1 == 1);
+            // One that is to leave is filled only if there is no complete one to move from.
+            let fill = stale & up & if complete == 0 { 0xf } else { !leaving };
+            let in_place = (0..set.count()).find(|&p| fill >> p & 1 == 1);
             if let Some(position) = in_place.filter(|&p| up & !(1 << p) != 0) {
                 let to = set.sponsors()[usize::from(position)];
-                if self.leaving >> to & 1 == 0 {
-                    self.begin(extent, to, None, true);
-                    return true;
-                }
+                self.begin(extent, to, None, true);
+                return true;
             }
         }
         let gone = if urgent { Self::mask_of(set, self.lost) & !up } else { leaving & up };
@@ -275,6 +300,7 @@ impl Pager {
         let old = set.sponsors()[gone.trailing_zeros() as usize];
         let Some(to) = self.pick(set) else { return false };
         self.begin(extent, to, Some(old), false);
+        self.holds.push((extent, to));
         out.push(Action::Hold { extent, sponsor: to });
         true
     }
@@ -312,6 +338,13 @@ impl Pager {
         ok: bool,
         out: &mut Vec<Action>,
     ) {
+        if let Some(asked) = self.holds.iter().position(|&h| h == (extent, sponsor)) {
+            self.holds.remove(asked);
+        }
+        if self.holds.contains(&(extent, sponsor)) {
+            // It was asked again since, perhaps after a release: that answer counts.
+            return;
+        }
         let current =
             self.rebuild.take_if(|r| (r.extent, r.to, r.copying) == (extent, sponsor, false));
         let Some(mut r) = current else {
@@ -340,7 +373,7 @@ impl Pager {
         self.held[usize::from(sponsor)] += 1;
         r.copying = true;
         self.rebuild = Some(r);
-        if self.up >> old & 1 == 0 {
+        if self.up >> old & 1 == 0 && self.rest_is_complete(extent, position) {
             // It is away: its place is taken at once.
             self.drop_replica(extent, position, out);
         }
@@ -381,11 +414,20 @@ impl Pager {
         self.counters.rebuild_failures += 1;
         self.pause();
         let set = self.config.layout.replicas(r.extent);
-        let spare = set.position(r.to).filter(|_| set.count() > self.config.replicas);
+        let spare = set.position(r.to).filter(|&position| {
+            // It got every write: while the others have gaps, it may be the only one with a page.
+            set.count() > self.config.replicas && self.rest_is_complete(r.extent, position)
+        });
         if let (true, Some(position)) = (r.copying, spare) {
             self.drop_replica(r.extent, position, out);
             self.release(r.extent, r.to, out);
         }
+    }
+
+    /// Whether a replica beside this one has no gap.
+    fn rest_is_complete(&self, extent: ExtentIndex, position: u8) -> bool {
+        let all = self.config.layout.replicas(extent).all();
+        all & !(1 << position) & !self.stale[extent.0 as usize] != 0
     }
 
     /// A sponsor went away.

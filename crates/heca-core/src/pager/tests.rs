@@ -3,6 +3,8 @@
 //! The world here is synchronous: every action is carried out at once, so after each step nothing
 //! is in flight. Interleavings are the simulation's business.
 
+mod rebuild;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use heca_types::{PageIndex, PageVersion};
