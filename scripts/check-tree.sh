@@ -35,4 +35,5 @@ done
 
 long=$(wc -l "${sources[@]}" | awk '$2 != "total" && $2 !~ /tests?[\/.]/ && $1 > 600 {print $2": "$1" lines"}')
 [ -z "$long" ] || complain "files over 600 lines:" "$long"
+scripts/check-spec.sh || failed=1
 exit $failed
