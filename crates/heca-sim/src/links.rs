@@ -21,13 +21,9 @@ impl World {
         let Some(sponsor) = order.find(|&s| self.nodes[s].can_move(self.tick)) else {
             return Ok(());
         };
-<<<<<<< HEAD
-        if !self.nodes[sponsor].pulling.is_empty() && self.rng.one_in(2) {
-=======
         let node = &self.nodes[sponsor];
         let frozen = node.lanes[PULLS].frozen_until > self.tick;
         if !node.pulling.is_empty() && !frozen && self.rng.one_in(2) {
->>>>>>> wt-sim
             for _ in 0..self.rng.range(1, PULLS_PER_STEP) {
                 self.finish_pull(sponsor);
             }
@@ -49,10 +45,7 @@ impl World {
                 } else if let Some(request) = queues.requests.pop_front() {
                     let reply = self.serve(sponsor, request)?;
                     self.nodes[sponsor].lanes[lane].replies.extend(reply);
-<<<<<<< HEAD
-=======
                     self.hold_up(sponsor, lane, request);
->>>>>>> wt-sim
                 }
             }
             return Ok(());
@@ -60,8 +53,6 @@ impl World {
         Ok(())
     }
 
-<<<<<<< HEAD
-=======
     /// Perhaps an answer to a fetch is held up: that of a slow sponsor, which is noticed or not.
     fn hold_up(&mut self, sponsor: usize, lane: usize, request: Request) {
         let rate = self.rates().slow_answer;
@@ -78,7 +69,6 @@ impl World {
         }
     }
 
->>>>>>> wt-sim
     fn serve(
         &mut self,
         sponsor: usize,
@@ -206,13 +196,10 @@ impl World {
             None
         };
         self.note(page, What::PullRead { from, to: sponsor as u8, version: version.0, value });
-<<<<<<< HEAD
-=======
         if self.chaos && self.rng.one_in(60) {
             let until = self.tick + self.rng.range(200, 2000) as u64;
             self.nodes[sponsor].lanes[PULLS].frozen_until = until;
         }
->>>>>>> wt-sim
         let pulling = Pulling { slot, version, attempt, epoch, value };
         self.nodes[sponsor].pulling.push_back(pulling);
         None

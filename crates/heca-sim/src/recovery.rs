@@ -54,11 +54,6 @@ impl World {
 
     /// Counts down to the crash. `next` is the action that is about to be carried out.
     pub(crate) fn dies_at(&mut self, next: Option<Action>) -> bool {
-<<<<<<< HEAD
-        match &mut self.actions_left {
-            None => return false,
-            Some(0) => {}
-=======
         if self.actions_left.is_none() {
             return false;
         }
@@ -69,7 +64,6 @@ impl World {
         }
         match &mut self.actions_left {
             None | Some(0) => {}
->>>>>>> wt-sim
             Some(left) => {
                 *left -= 1;
                 return false;
@@ -102,10 +96,7 @@ impl World {
             let node = &mut self.nodes[sponsor];
             node.up = false;
             node.down_since = self.tick;
-<<<<<<< HEAD
-=======
             node.held_up.clear();
->>>>>>> wt-sim
             let pulling = std::mem::take(&mut node.pulling);
             let lanes = std::mem::take(&mut node.lanes);
             let requests = lanes.into_iter().flat_map(|lane| lane.requests);

@@ -87,15 +87,11 @@ impl World {
                 return fail(RB_1, self.page(slot), detail);
             }
         }
-<<<<<<< HEAD
-        self.nodes[usize::from(sponsor)].missed[extent.0 as usize] = false;
-=======
         // Before the pager knows that it is up, what is on its way to the others may end without it.
         let up = |event: Event| matches!(event, Event::SponsorUp { sponsor: s } if s == sponsor);
         if !self.inbox.iter().any(|note| up(note.event)) {
             self.nodes[usize::from(sponsor)].missed[extent.0 as usize] = false;
         }
->>>>>>> wt-sim
         Ok(())
     }
 
@@ -124,11 +120,7 @@ impl World {
             return Ok(());
         }
         let excuse =
-<<<<<<< HEAD
-            |s: &u8| node(s).rotten(slot) || node(s).emptied[slot] && node(s).emptied_untold;
-=======
             |s: &u8| node(s).rotten(slot) || node(s).was_emptied(slot) && node(s).emptied_untold;
->>>>>>> wt-sim
         if set.sponsors().iter().any(excuse) {
             self.oracle.lost[slot] = true;
             return Ok(());
@@ -153,12 +145,8 @@ impl World {
         let set = self.pager.layout().replicas(self.page(slot).extent());
         let node = |s: &u8| &self.nodes[usize::from(*s)];
         let good = set.sponsors().iter().any(|s| node(s).has_good(slot, version));
-<<<<<<< HEAD
-        let spoilt = set.sponsors().iter().any(|s| node(s).rotten(slot) || node(s).emptied[slot]);
-=======
         let spoilt =
             set.sponsors().iter().any(|s| node(s).rotten(slot) || node(s).was_emptied(slot));
->>>>>>> wt-sim
         self.oracle.lost[slot] |= !good && spoilt;
     }
 
@@ -179,11 +167,6 @@ impl World {
     fn is_rebuildable(&self, extent: ExtentIndex) -> bool {
         let staying = self.nodes.iter().filter(|node| node.up && !node.leaving).count();
         let version = |slot: usize| self.journal.versions[slot];
-<<<<<<< HEAD
-        let set = self.known[extent.0 as usize].0;
-        let node = |s: &u8| &self.nodes[usize::from(*s)];
-        staying >= self.params.replicas
-=======
         let (set, stale) = (self.pager.layout().replicas(extent), self.pager.stale(extent));
         // Without a complete replica it takes two that have gaps.
         let up = |i: &usize| self.nodes[usize::from(set.sponsors()[*i])].up;
@@ -192,7 +175,6 @@ impl World {
         let node = |s: &u8| &self.nodes[usize::from(*s)];
         staying >= self.params.replicas
             && (complete || count > 1 && stale == set.all())
->>>>>>> wt-sim
             && self.slots_of(extent).all(|slot| {
                 let has = |s: &u8| node(s).up && node(s).has_good(slot, version(slot));
                 let good = version(slot) == PageVersion::NEVER
@@ -225,17 +207,12 @@ impl World {
                 if self.tick >= end {
                     let (set, stale) = self.known[number];
                     let detail = format!(
-<<<<<<< HEAD
-                        "extent {number} sits on {:?}, stale {stale:#b}; rebuilding: {}",
-                        set.sponsors(),
-=======
                         "extent {number} sits on {:?}, stale {stale:#b}, {} wanted; up {:?}, \
                          leaving {:?}; rebuilding: {}",
                         set.sponsors(),
                         self.params.replicas,
                         self.nodes.iter().map(|n| u8::from(n.up)).collect::<Vec<_>>(),
                         self.nodes.iter().map(|n| u8::from(n.leaving)).collect::<Vec<_>>(),
->>>>>>> wt-sim
                         self.pager.is_rebuilding()
                     );
                     return fail(RB_2, None, detail);
