@@ -153,6 +153,21 @@ fn become_program(program: &Path) -> anyhow::Error {
     anyhow::Error::new(error).context(format!("run {}", program.display()))
 }
 
+/// Makes a directory that only this user may enter, or sees that it is one: under a directory that
+/// everybody may write to, somebody else may have been there first.
+fn own_directory(dir: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let metadata = std::fs::symlink_metadata(dir)?;
+    anyhow::ensure!(
+        metadata.is_dir() && metadata.uid() == rustix::process::geteuid().as_raw(),
+        "{} belongs to somebody else: remove it, or choose another --memory-dir",
+        dir.display()
+    );
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
+    Ok(())
+}
+
 /// Removes a file when dropped.
 struct Removed(PathBuf);
 
@@ -189,6 +204,7 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     }
     let _ = std::fs::remove_file(&socket);
     let security = Security::load(config.identity.as_deref())?;
+    own_directory(&config.memory_dir)?;
     let store_dir = config.memory_dir.join("store");
     let sponsor = if config.offer.0 > 0 {
         let store = Store::open(&store_dir, config.offer)?;

@@ -194,7 +194,8 @@ impl Acceptor {
 
     fn serve(&self, id: u64, stream: TcpStream) {
         let peer = stream.peer_addr();
-        match serve(stream, &self.store, &self.counters, &self.hint, self.spin, &self.security) {
+        match serve(id, stream, &self.store, &self.counters, &self.hint, self.spin, &self.security)
+        {
             Ok(()) => {}
             Err(error @ (LinkError::Closed | LinkError::Io(_))) => {
                 tracing::debug!(?peer, "connection ended: {error}");
@@ -227,21 +228,27 @@ fn refuse_and_close(link: &mut Link, error: &DecodeError) {
     let _ = link.flush_blocking();
 }
 
+fn wait_for_request(link: &mut Link, spin: Duration, last: &mut Instant) -> Result<(), LinkError> {
+    // A broken header is an error of the frame that is taken next.
+    while !link.has_frame().unwrap_or(true) {
+        let hot = last.elapsed() < HOT;
+        link.receive_spinning(if hot { spin } else { Duration::ZERO })?;
+        *last = Instant::now();
+    }
+    Ok(())
+}
+
 fn next_request<'a>(
     link: &'a mut Link,
     spin: Duration,
     last: &mut Instant,
 ) -> Result<(Header, Body<'a>), LinkError> {
-    // The borrow checker cannot see that the loop returns the frame it found; look, then take.
-    while !link.has_frame()? {
-        let hot = last.elapsed() < HOT;
-        link.receive_spinning(if hot { spin } else { Duration::ZERO })?;
-        *last = Instant::now();
-    }
+    wait_for_request(link, spin, last)?;
     link.next_frame()?.ok_or(LinkError::Closed)
 }
 
 struct Connection<'a> {
+    id: u64,
     store: &'a Store,
     counters: &'a SponsorCounters,
     owner: OwnerId,
@@ -253,6 +260,7 @@ struct Connection<'a> {
 }
 
 fn serve(
+    id: u64,
     stream: TcpStream,
     store: &Store,
     counters: &SponsorCounters,
@@ -272,6 +280,7 @@ fn serve(
     };
     link.set_timeout(None)?;
     let mut connection = Connection {
+        id,
         store,
         counters,
         owner,
@@ -284,8 +293,15 @@ fn serve(
     let (mut received, mut sent) = (0, 0);
     let mut checked = Instant::now();
     loop {
-        let outcome = match next_request(&mut link, spin, &mut last) {
-            Ok((header, body)) => connection.answer(&header, &body),
+        wait_for_request(&mut link, spin, &mut last)?;
+        // The peer may have been revoked since.
+        if checked.elapsed() >= RECHECK {
+            link.recheck(security)?;
+            checked = Instant::now();
+        }
+        let outcome = match link.next_frame() {
+            Ok(Some((header, body))) => connection.answer(&header, &body),
+            Ok(None) => Err(LinkError::Closed),
             Err(error) => Err(error),
         };
         if let Err(LinkError::Decode(error)) = &outcome {
@@ -293,11 +309,6 @@ fn serve(
             refuse_and_close(&mut link, error);
         }
         outcome?;
-        // The peer may have been revoked since.
-        if checked.elapsed() >= RECHECK {
-            link.recheck(security)?;
-            checked = Instant::now();
-        }
         std::mem::swap(link.output(), &mut connection.reply);
         connection.reply.clear();
         link.flush_blocking()?;
@@ -384,7 +395,7 @@ impl Connection<'_> {
             lease_ms: request.open.lease_ms,
             extents: request.extents().collect(),
         };
-        let (lease_ms, stored_pages) = self.store.open_region(&request)?;
+        let (lease_ms, stored_pages) = self.store.open_region(&request, self.id)?;
         OpenAck { lease_ms, stored_pages }.encode(header, &mut self.reply);
         Ok(())
     }
@@ -403,14 +414,15 @@ impl Connection<'_> {
         request: &heca_wire::OpenRequest<'_>,
     ) -> Result<(), Refusal> {
         self.check_owner(request.open.owner)?;
-        self.store.release_extents(&ReleaseRequest {
+        let release = ReleaseRequest {
             region: header.region,
             epoch: header.epoch,
             owner: request.open.owner,
             quota_bytes: request.open.quota_bytes,
             lease_ms: request.open.lease_ms,
             extents: request.extents().collect(),
-        })?;
+        };
+        self.store.release_extents(&release, self.id)?;
         header.reply(Kind::ReleaseAck, Status::Ok).encode_empty(&mut self.reply);
         Ok(())
     }

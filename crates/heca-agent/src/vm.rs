@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use heca_api::{
     AccelChoice, ApiError, Client, PagerStats, Resize, SponsorAddress, VmInfo, VmRequest, VmState,
 };
+use heca_types::limits::SPONSORS_MAX;
 use heca_types::{Epoch, OwnerId, RegionId};
 use heca_vmm::command_line::{VmPaths, VmSpec};
 use heca_vmm::host;
@@ -142,6 +143,10 @@ impl Vm {
 
     fn write_record(&self, record: &Record) -> Result<(), ApiError> {
         *lock(&self.record) = Some(record.clone());
+        self.store_record(record)
+    }
+
+    fn store_record(&self, record: &Record) -> Result<(), ApiError> {
         let (path, new) = (self.record(), self.dir.join("vm.json.new"));
         let bytes = serde_json::to_vec(record).expect("plain data can be written as JSON");
         fs::write(&new, bytes)
@@ -150,9 +155,10 @@ impl Vm {
     }
 
     fn change_record(&self, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
-        let Some(mut record) = lock(&self.record).clone() else { return Ok(()) };
-        change(&mut record);
-        self.write_record(&record)
+        let mut record = lock(&self.record);
+        let Some(known) = &mut *record else { return Ok(()) };
+        change(known);
+        self.store_record(known)
     }
 
     /// Frees what only a running VM needs; logs and last figures stay.
@@ -241,12 +247,22 @@ impl VmManager {
     fn adopt_all(&self) {
         for entry in fs::read_dir(&self.run_dir).into_iter().flatten().flatten() {
             let dir = entry.path();
-            let record = fs::read(dir.join("vm.json"))
-                .ok()
-                .and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
-            let Some(record) = record else {
-                let _ = fs::remove_dir_all(&dir);
-                continue;
+            let record = match fs::read(dir.join("vm.json")) {
+                Err(_) => {
+                    // It ended, or never began.
+                    let _ = fs::remove_dir_all(&dir);
+                    continue;
+                }
+                Ok(bytes) => serde_json::from_slice::<Record>(&bytes),
+            };
+            let record = match record {
+                Ok(record) => record,
+                Err(error) => {
+                    // Perhaps its VM runs: nothing of it is touched.
+                    let dir = dir.display();
+                    tracing::error!(%error, "the record of a VM in {dir} cannot be read: left alone");
+                    continue;
+                }
             };
             let vm = Arc::new(self.describe(&record.request));
             let pager =
@@ -345,13 +361,23 @@ impl VmManager {
     /// An unknown name, a sponsor that is known already, a pager that does not answer.
     pub async fn add_sponsor(&self, name: &str, sponsor: &SponsorAddress) -> Result<(), ApiError> {
         let vm = self.find(name)?;
+        let known =
+            |record: &Record| record.config.sponsors.iter().any(|s| s.address == sponsor.address);
+        let count = lock(&vm.record).as_ref().map_or(0, |record| record.config.sponsors.len());
+        if count >= SPONSORS_MAX && !lock(&vm.record).as_ref().is_some_and(known) {
+            let text = format!("a VM has {SPONSORS_MAX} sponsors at the most");
+            return Err(ApiError::new("too-many-sponsors", text));
+        }
+        // Written down first: the next pager must know each sponsor that this one may use.
+        if !lock(&vm.record).as_ref().is_some_and(known) {
+            vm.change_record(|record| {
+                record.request.sponsors.push(sponsor.clone());
+                record.config.sponsors.push(sponsor.clone());
+            })?;
+            lock(&vm.request).sponsors.push(sponsor.clone());
+        }
         let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/sponsors", sponsor).await;
-        answer.map_err(|error| pager_error(name, error))?;
-        lock(&vm.request).sponsors.push(sponsor.clone());
-        vm.change_record(|record| {
-            record.request.sponsors.push(sponsor.clone());
-            record.config.sponsors.push(sponsor.clone());
-        })
+        answer.map_err(|error| pager_error(name, error))
     }
 
     /// What pagers are started from.

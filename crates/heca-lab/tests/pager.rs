@@ -5,18 +5,15 @@
 mod common;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use heca_agent::link::{Link, Security};
 use heca_agent::pager::{self, PagerConfig};
-use heca_agent::sponsor::SponsorServer;
-use heca_agent::store::Store;
 use heca_api::{EvictionChoice, PagerStats};
-use heca_types::limits::PAGE_BYTES;
 use heca_types::{ByteSize, PageIndex, PageVersion};
 use heca_wire::{Header, Kind, PageEntry, Role, encode_pages};
 use serde_json::json;

@@ -278,7 +278,6 @@ fn an_owner_that_lost_its_region_can_neither_read_nor_write_while_both_live() {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(u8)]
 enum Lie {
-    None = 0,
     /// One bit of the content is flipped.
     Flip = 1,
     /// The same, with a checksum that fits.
@@ -436,7 +435,7 @@ impl Liar {
     }
 }
 
-fn read_from_a_liar(lies: &[Lie], sealed: bool) {
+fn read_from_a_liar(lie: Lie, sealed: bool) {
     let bench = Bench::new("liar", 1);
     let (liar, address) = Liar::start();
     let mut target = Target::start(&bench.ram());
@@ -450,34 +449,32 @@ fn read_from_a_liar(lies: &[Lie], sealed: bool) {
         config.seal_key = Some(key);
     }
     let handle = start(&config);
-    // Twice, so that there are old versions to replay.
-    assert_eq!(target.hammer(1200, 1)["wrong"], 0);
-    for (round, &lie) in lies.iter().enumerate() {
-        liar.lie.store(lie as u8, Ordering::Relaxed);
-        let before = (liar.lied.load(Ordering::Relaxed), handle.stats().unwrap().counters);
-        assert_eq!(target.hammer(700, round as u64)["wrong"], 0, "{lie:?} got through");
-        let lied = liar.lied.load(Ordering::Relaxed) - before.0;
-        let stats = handle.stats().unwrap();
-        let noticed = stats.counters.corrupt_replies - before.1.corrupt_replies;
-        println!("{lie:?}, sealed {sealed}: {lied} lies, {noticed} noticed");
-        assert!(lied > 0 && noticed > 0, "{lie:?}: {lied} lies, {noticed} noticed");
-        assert_eq!(stats.counters.poisoned_pages, 0);
-    }
-    liar.lie.store(Lie::None as u8, Ordering::Relaxed);
-    assert_eq!(target.hammer(500, 77)["wrong"], 0);
+    // Long enough for old versions to replay.
+    assert_eq!(target.hammer(1000, 1)["wrong"], 0);
+    assert_eq!(handle.stats().unwrap().counters.corrupt_replies, 0);
+    liar.lie.store(lie as u8, Ordering::Relaxed);
+    assert_eq!(target.hammer(700, 2)["wrong"], 0, "{lie:?} got through");
+    let lied = liar.lied.load(Ordering::Relaxed);
+    let counters = handle.stats().unwrap().counters;
+    println!("{lie:?}, sealed {sealed}: {lied} lies, {} noticed", counters.corrupt_replies);
+    assert!(lied > 0 && counters.corrupt_replies > 0, "{lie:?}: {lied} lies, {counters:?}");
+    // What it says is not relied on any more.
+    assert!(handle.stats().unwrap().gauges.degraded_extents > 0);
+    assert_eq!(counters.poisoned_pages, 0);
     drop(target);
     handle.finish();
 }
 
 #[test]
 fn no_lie_gets_through_to_sealed_memory() {
-    let all = [Lie::Flip, Lie::FlipAndFit, Lie::Replay, Lie::Swap, Lie::Zeros];
-    read_from_a_liar(&all, true);
+    for lie in [Lie::Flip, Lie::FlipAndFit, Lie::Replay, Lie::Swap, Lie::Zeros] {
+        read_from_a_liar(lie, true);
+    }
 }
 
 #[test]
 fn a_checksum_alone_notices_what_is_not_on_purpose() {
-    read_from_a_liar(&[Lie::Flip], false);
+    read_from_a_liar(Lie::Flip, false);
 }
 
 /// A tmpfs of its own; unmounted when dropped.

@@ -55,12 +55,14 @@ impl World {
             }
             Action::Unmap { version, dirty, sponsors, .. } => {
                 self.journal.versions[slot] = version;
+                self.journal.dropped[slot] = false;
                 let victim = Victim { page, version, dirty, sponsors, outcome: None, value: 0 };
                 self.evictor.unmap(step, victim);
                 None
             }
-            Action::Punch { version, .. } => {
+            Action::Punch { version, zero, .. } => {
                 self.journal.versions[slot] = version;
+                self.journal.dropped[slot] = !zero;
                 self.evictor.punch(page);
                 None
             }
@@ -96,6 +98,7 @@ impl World {
         let result = self.kernel.install(slot, what, value, protect);
         if result == InstallResult::Ok {
             if matches!(what, Install::Copy | Install::Fill) {
+                self.journal.dropped[slot] = false;
                 self.oracle.lost[slot] = false;
                 self.oracle.spoilt[slot] = false;
                 self.oracle.failed[slot] = 0;

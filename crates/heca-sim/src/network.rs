@@ -97,6 +97,8 @@ pub(crate) struct Node {
     pub(crate) epoch: Epoch,
     /// Extents of which it may have missed a write, as the world knows.
     pub(crate) missed: Vec<bool>,
+    /// Extents of which it answered that it lacks a page, or sent one damaged.
+    pub(crate) accused: Vec<bool>,
     /// Version of each copy that trouble took.
     pub(crate) emptied: Vec<PageVersion>,
     /// The pager was not told yet that it was emptied.
@@ -143,6 +145,7 @@ impl Node {
             late: Vec::new(),
             epoch: Epoch(0),
             missed: vec![true; extents],
+            accused: vec![false; extents],
             emptied: vec![PageVersion::NEVER; slots],
             emptied_untold: false,
             full: false,
@@ -259,6 +262,8 @@ impl Node {
         let held = self.machine.check(region(), epoch).and_then(|region| region.slot(page));
         match self.store[slot] {
             _ if held.is_err() => PullStart::Refused,
+            // What is there in this version is looked at before it counts.
+            Some(stored) if stored.version == version && stored.rotten => PullStart::Read,
             Some(stored) if stored.version >= version => PullStart::Present,
             _ => PullStart::Read,
         }

@@ -34,14 +34,11 @@ pub(crate) struct Expected {
     pub(crate) before_discard: Option<u64>,
     /// The owner discarded it, and did not write to it since.
     pub(crate) discarded: bool,
-    /// A discarded page of which a new pager knows no more than that it is not in memory: any
-    /// older content may come back, or none.
-    pub(crate) any: bool,
 }
 
 impl Expected {
     pub(crate) fn allows(self, value: u64) -> bool {
-        self.any || value == self.value || self.before_discard == Some(value)
+        value == self.value || self.before_discard == Some(value)
     }
 }
 
@@ -115,9 +112,6 @@ impl World {
         let Some(value) = self.kernel.frame(slot).content else {
             return Ok(());
         };
-        if self.oracle.expected[slot].any {
-            return Ok(());
-        }
         let set = self.pager.layout().replicas(page.extent());
         let (mut holders, mut spoilt) = (0, false);
         for &sponsor in set.sponsors() {

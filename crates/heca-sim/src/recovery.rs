@@ -22,6 +22,8 @@ const TORN: u64 = 0xbad0_bad0;
 pub(crate) struct Journal {
     /// Newest version of each page that was written down.
     pub(crate) versions: Vec<PageVersion>,
+    /// Pages that were dropped, and not brought back since.
+    pub(crate) dropped: Vec<bool>,
     /// Record of each extent.
     pub(crate) extents: Vec<u64>,
     /// The page that is being written into the RAM file.
@@ -31,7 +33,7 @@ pub(crate) struct Journal {
 impl Journal {
     pub(crate) fn new(slots: usize, extents: usize) -> Self {
         let versions = vec![PageVersion::NEVER; slots];
-        Self { versions, extents: vec![0; extents], filling: None }
+        Self { versions, dropped: vec![false; slots], extents: vec![0; extents], filling: None }
     }
 }
 
@@ -163,11 +165,10 @@ impl World {
         for slot in 0..self.params.slots.len() {
             let (page, version) = (self.page(slot), self.journal.versions[slot]);
             if self.kernel.frame(slot).content.is_some() {
+                self.journal.dropped[slot] = false;
                 self.pager.adopt_resident(page, version);
             } else {
-                let expected = &mut self.oracle.expected[slot];
-                expected.any |= expected.discarded;
-                self.pager.adopt_remote(page, version);
+                self.pager.adopt_absent(page, version, self.journal.dropped[slot]);
             }
         }
         self.oracle.adopted(self.pager.gauges().local_pages);

@@ -14,8 +14,9 @@ use crate::world::World;
 const REBUILD_TICKS: u64 = 200_000;
 
 impl World {
+    /// Whether nobody needs a sponsor for the page.
     pub(crate) fn is_local(&self, slot: usize) -> bool {
-        self.kernel.frame(slot).content.is_some()
+        self.kernel.frame(slot).content.is_some() || !self.journal.dropped[slot]
     }
 
     fn slots_of(&self, extent: ExtentIndex) -> std::ops::Range<usize> {
@@ -48,6 +49,11 @@ impl World {
             node.missed[number] |= members >> sponsor & 1 == 0;
         }
         for (position, &sponsor) in set.sponsors().iter().enumerate() {
+            let node = &mut self.nodes[usize::from(sponsor)];
+            // Writes may pass it by once it was caught with a bad page.
+            if stale >> position & 1 == 1 && std::mem::take(&mut node.accused[number]) {
+                node.missed[number] = true;
+            }
             let before = set_before.position(sponsor);
             let was = before.is_some_and(|p| stale_before >> p & 1 == 0);
             if stale >> position & 1 == 0 && !was {

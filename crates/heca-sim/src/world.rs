@@ -200,8 +200,7 @@ impl World {
             self.heal()?;
         }
         // A lost page that nobody touches stays remote for ever.
-        let moot = self.oracle.lost.contains(&true) || self.oracle.expected.iter().any(|e| e.any);
-        if self.params.restore && !moot {
+        if self.params.restore && !self.oracle.lost.contains(&true) {
             self.restore()?;
         }
         self.stats.add_counters(self.pager.counters());

@@ -37,8 +37,10 @@ pub const PAGER: Capabilities =
 ///
 /// - `FOWNER`: without it `MADV_PAGEOUT` passes over the pages of a file that is neither its own
 ///   nor writable to it, and reports no error;
+/// - `KILL`: to stop a process that lost its memory to a newer owner;
 /// - `DAC_OVERRIDE`: to open that file, `/proc/PID/pagemap` and `/proc/PID/mem`.
-pub const FOREIGN: Capabilities = Capabilities::FOWNER.union(Capabilities::DAC_OVERRIDE);
+pub const FOREIGN: Capabilities =
+    Capabilities::FOWNER.union(Capabilities::KILL).union(Capabilities::DAC_OVERRIDE);
 
 /// Makes sure that no program that this process may start ever gets more privileges than it has.
 ///

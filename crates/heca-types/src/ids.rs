@@ -55,15 +55,18 @@ pub struct PageVersion(pub u32);
 impl PageVersion {
     /// The version of a page that no sponsor was ever sent.
     pub const NEVER: Self = Self(0);
+    /// The largest version: a bit is left for those who keep versions.
+    pub const MAX: Self = Self(u32::MAX >> 1);
 
     /// The next version.
     ///
     /// # Panics
-    /// After 2^32 - 1 write-backs of one page: at one write-back per 10 us that is 11 hours of
+    /// After 2^31 - 1 write-backs of one page: at one write-back per 10 us that is 5 hours of
     /// nothing else, on one page. Wrapping would let an old write pass for a new one.
     #[must_use]
     pub fn next(self) -> Self {
-        Self(self.0.checked_add(1).expect("a page was written back 2^32 times"))
+        assert!(self.0 < Self::MAX.0, "a page was written back 2^31 times");
+        Self(self.0 + 1)
     }
 }
 

@@ -26,6 +26,7 @@ use super::pidfd_ends;
 use super::preflight::Target;
 use super::rebuilder::PullJob;
 use super::remote::{Command, Lanes, Remote, Traffic, chain};
+use super::start::DROPPED;
 use super::statistics::Statistics;
 use super::waker::Waker;
 use crate::latency::LatencyHint;
@@ -33,6 +34,10 @@ use crate::link::Link;
 
 /// Longest sleep: retries, time limits and rates are looked at this often.
 const TICK: Duration = Duration::from_millis(100);
+/// Longest sleep while a thread waits for a page.
+const WAITED_FOR: Duration = Duration::from_millis(5);
+/// How often pages that were asked for ahead are looked at.
+const PREFETCH_LOOK: Duration = Duration::from_millis(2);
 /// How often reads are looked at that are overdue and could not be hedged.
 const OVERDUE_LOOK: Duration = Duration::from_millis(2);
 
@@ -166,7 +171,7 @@ impl Engine {
     pub(super) fn run(mut self) {
         let mut faults: Vec<Fault> = Vec::with_capacity(64);
         let mut active = Instant::now();
-        let mut ticked = Instant::now();
+        let (mut ticked, mut looked) = (Instant::now(), Instant::now());
         for sponsor in 0..self.lanes.len() {
             if self.lanes[sponsor].is_none() {
                 self.dispatch(Event::SponsorDown { sponsor: sponsor as u8 }, None);
@@ -190,6 +195,10 @@ impl Engine {
             self.flush();
             let now = Instant::now();
             self.look_for_overdue(now);
+            if now - looked >= PREFETCH_LOOK {
+                looked = now;
+                self.look_for_late_prefetches(now);
+            }
             if self.core.has_work() {
                 self.dispatch(Event::Work, None);
                 busy = true;
@@ -300,8 +309,9 @@ impl Engine {
                 self.unmaps.push(UnmapJob { page, version, dirty, sponsors });
                 return;
             }
-            Action::Punch { page, version } => {
-                self.context.journal.set_version(page.0, version.0);
+            Action::Punch { page, version, zero } => {
+                let dropped = if zero { 0 } else { DROPPED };
+                self.context.journal.set_version(page.0, version.0 | dropped);
                 self.punches.push(page);
                 return;
             }
@@ -322,6 +332,11 @@ impl Engine {
                 return;
             }
         };
+        if result.is_ok() && matches!(what, Install::Copy | Install::Fill) {
+            // Only now: should this process die before, the page counts by being there.
+            let journal = &self.context.journal;
+            journal.set_version(page.0, journal.version(page.0) & !DROPPED);
+        }
         if what != Install::Fill && result.is_ok() {
             self.seen.remove(&page);
         }
@@ -497,7 +512,8 @@ impl Engine {
         let due = self.next_due().map(|due| due.saturating_duration_since(Instant::now()));
         // What is overdue already waits for the budget of hedges.
         let due = due.map(|due| if due.is_zero() { OVERDUE_LOOK } else { due });
-        let timeout = due.map_or(TICK, |due| due.min(TICK));
+        let longest = if self.seen.is_empty() { TICK } else { WAITED_FOR };
+        let timeout = due.map_or(longest, |due| due.min(longest));
         let timeout = Timespec { tv_sec: 0, tv_nsec: timeout.as_nanos() as i64 };
         let polled = poll(&mut fds, Some(&timeout));
         let woken = polled.is_ok() && !fds[1].revents().is_empty();

@@ -46,6 +46,7 @@ pub(super) struct Keeper {
     engine: Mailbox,
     renewed: Instant,
     checked: Instant,
+    recheck: bool,
     tried: Instant,
     /// Since when the sponsor is away; `None` once its loss was told.
     away_since: Option<Instant>,
@@ -66,6 +67,7 @@ impl Keeper {
             engine,
             renewed: now,
             checked: now,
+            recheck: false,
             // The first attempt of one that is away comes at once.
             tried: now.checked_sub(Duration::from_secs(60)).unwrap_or(now),
             away_since: Some(now),
@@ -85,6 +87,14 @@ impl Keeper {
             if self.remote.is_fenced() {
                 self.control = None;
                 continue;
+            }
+            if self.checked.elapsed() >= RECHECK {
+                (self.checked, self.recheck) = (Instant::now(), true);
+                // The agent renews the identity and fetches who was revoked. Also while nobody can
+                // be reached: an identity that expired may be the reason.
+                if self.position == 0 {
+                    self.remote.0.security.reload();
+                }
             }
             let up = lock(&peer.status).up;
             match self.control.take() {
@@ -127,12 +137,8 @@ impl Keeper {
         let region = if idle { heca_types::RegionId::from_bytes([0; 16]) } else { config.region };
         Header::new(Kind::Ping, region, config.epoch, 5).encode_empty(link.output());
         let timeout = Duration::from_millis(config.detect_ms);
-        if self.checked.elapsed() >= RECHECK {
-            self.checked = Instant::now();
-            // The agent renews the identity and fetches who was revoked.
-            if self.position == 0 {
-                self.remote.0.security.reload();
-            }
+        if self.recheck {
+            self.recheck = false;
             link.recheck(&self.remote.0.security)?;
         }
         let pong: Pong = link.request(timeout, |_, body| match body {

@@ -95,6 +95,11 @@ impl ReadLane {
         Some(asked.page)
     }
 
+    /// Pages in flight that were asked for before `since`.
+    pub(super) fn pages_before(&self, since: Instant) -> impl Iterator<Item = PageIndex> {
+        self.in_flight.iter().take_while(move |asked| asked.sent < since).map(|asked| asked.page)
+    }
+
     /// Sends what was asked for, as far as the pipeline's bound allows.
     pub(super) fn flush(&mut self) -> Result<(), LinkError> {
         while !self.pending.is_empty() && self.in_flight.len() < DEMAND_PAGES_IN_FLIGHT_MAX {

@@ -53,8 +53,8 @@ use waker::Waker;
 use crate::link::Link;
 
 /// What a pager needs to know.
+// Unknown fields are allowed: a VM outlives an upgrade, and the way back.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct PagerConfig {
     /// Name in logs and metrics.
     pub name: String,
@@ -92,11 +92,26 @@ pub struct PagerConfig {
     #[serde(default)]
     pub seal_key: Option<PathBuf>,
     /// Time without a sign of life after which a sponsor counts as dead, in milliseconds.
+    #[serde(default = "default_detect_ms")]
     pub detect_ms: u64,
     /// Time that a sponsor may be away before its extents go elsewhere, in milliseconds.
+    #[serde(default = "default_rebuild_after_ms")]
     pub rebuild_after_ms: u64,
     /// Bound of the traffic of rebuilding, in bytes a second.
+    #[serde(default = "default_rebuild_bytes_per_s")]
     pub rebuild_bytes_per_s: u64,
+}
+
+fn default_detect_ms() -> u64 {
+    DETECT_MS_DEFAULT
+}
+
+fn default_rebuild_after_ms() -> u64 {
+    REBUILD_AFTER_MS_DEFAULT
+}
+
+fn default_rebuild_bytes_per_s() -> u64 {
+    REBUILD_BYTES_PER_S_DEFAULT
 }
 
 impl PagerConfig {

@@ -114,6 +114,7 @@ impl Rebuilder {
             }
             _ => None,
         })?;
+        self.remote.note_stored(to);
         let ok = batch.iter().enumerate().map(|(i, job)| {
             // A newer version on the target was written by ourselves.
             let answer = answers.get(i).filter(|(page, _)| *page == job.page);

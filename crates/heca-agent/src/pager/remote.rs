@@ -14,7 +14,7 @@ use heca_types::{ExtentIndex, StoreId};
 use heca_wire::{Body, Header, Kind, Open, Role, encode_open, encode_release};
 
 use super::PagerConfig;
-use super::start::STORED;
+use super::start::{FENCED, STORED};
 use crate::link::{Link, LinkError, Security};
 
 pub(super) const TIMEOUT: Duration = Duration::from_millis(CONNECT_TIMEOUT_MS);
@@ -163,7 +163,13 @@ impl Remote {
                 outcome = Err((ApiError::new("same-sponsor", text).hint(hint), true));
             }
             match outcome {
-                Ok((connected, emptied)) => {
+                Ok((mut connected, emptied)) => {
+                    if config.resume {
+                        let unneeded = remote.not_held(&peer);
+                        if let Err(error) = remote.release(&mut connected.0, &peer, &unneeded) {
+                            tracing::debug!("not released: {}", chain(&error));
+                        }
+                    }
                     stores.push(store);
                     lock(&peer.status).up = !emptied;
                     // One that lost its pages is introduced by its keeper, which says so.
@@ -254,18 +260,20 @@ impl Remote {
         let (config, peer) = (&self.0.config, self.peer(position));
         let connect = |role| Link::connect(&peer.address, role, config.owner, &self.0.security);
         let (mut control, hello) = connect(Role::Control)?;
+        let idle = lock(&peer.extents).is_empty();
+        // One that holds nothing may still have something from before, under an older epoch.
         let stored_pages =
-            if lock(&peer.extents).is_empty() { 0 } else { self.open_region(&mut control, &peer)? };
-        let known = lock(&peer.store).replace(hello.store);
-        let new_store = known.is_some_and(|known| known != hello.store);
-        self.0.journal.set_store(position, hello.store.to_bytes());
+            if idle && !config.resume { 0 } else { self.open_region(&mut control, &peer)? };
         let lanes = Lanes {
             demand: connect(Role::Demand)?.0,
             prefetch: connect(Role::Prefetch)?.0,
             write_back: connect(Role::WriteBack)?.0,
         };
-        let expected = peer.expects_pages.load(Ordering::Relaxed)
-            || peer.traffic.pages_stored.load(Ordering::Relaxed) > 0;
+        // Only now, when nothing can fail any more: a loss is told once.
+        let known = lock(&peer.store).replace(hello.store);
+        let new_store = known.is_some_and(|known| known != hello.store);
+        self.0.journal.set_store(position, hello.store.to_bytes());
+        let expected = peer.expects_pages.load(Ordering::Relaxed);
         let holds_some = !lock(&peer.extents).is_empty();
         let emptied = holds_some && (new_store || (stored_pages == 0 && expected));
         Ok(((control, lanes), emptied))
@@ -281,15 +289,15 @@ impl Remote {
     pub(super) fn forget_losses(&self, position: u8) {
         let peer = self.peer(position);
         peer.expects_pages.store(false, Ordering::Relaxed);
-        peer.traffic.pages_stored.store(0, Ordering::Relaxed);
     }
 
-    /// A sponsor acknowledged pages: it must have some from here on.
+    /// A sponsor acknowledged pages, or copied some: it must have some from here on.
     pub(super) fn note_stored(&self, sponsor: u8) {
         let stored = self.0.journal.number(STORED);
         if stored >> sponsor & 1 == 0 {
             self.0.journal.set_number(STORED, stored | 1 << sponsor);
         }
+        self.peer(sponsor).expects_pages.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn traffic(&self, sponsor: u8) -> Arc<Traffic> {
@@ -353,6 +361,7 @@ impl Remote {
 
     /// A newer owner has the region. Returns whether that is news.
     pub(super) fn fence(&self) -> bool {
+        self.0.journal.set_number(FENCED, 1);
         !self.0.fenced.swap(true, Ordering::SeqCst)
     }
 
@@ -391,7 +400,8 @@ impl Remote {
 
 /// Whether a refusal says that the region has a newer owner.
 pub(super) fn is_fenced(error: &LinkError) -> bool {
-    matches!(error, LinkError::Refused { status: heca_types::Status::StaleEpoch, .. })
+    use heca_types::Status::{OwnerMismatch, StaleEpoch};
+    matches!(error, LinkError::Refused { status: StaleEpoch | OwnerMismatch, .. })
 }
 
 fn sponsor_error(peer: &Peer, error: &LinkError) -> ApiError {

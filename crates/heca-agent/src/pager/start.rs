@@ -32,6 +32,10 @@ use crate::seal::{SealKey, Sealer};
 const REMOTE_FD: usize = 0;
 const WRITE_PROTECT: usize = 1;
 const OWNER_PID: usize = 2;
+/// Bit of a page's version in the journal: the page was dropped from local memory.
+pub(super) const DROPPED: u32 = 1 << 31;
+/// Not zero once the region has a newer owner.
+pub(super) const FENCED: usize = 4;
 /// One bit for each sponsor that ever acknowledged a page.
 pub(super) const STORED: usize = 3;
 
@@ -81,6 +85,12 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
     let journal = Arc::new(journal.map_err(|error| {
         io_error("use the journal of the pager", &error).hint(format!("see {}", path.display()))
     })?);
+    if journal.number(FENCED) != 0 {
+        let text = "the memory has a newer owner: this process must not go on with it";
+        return Err(
+            ApiError::new("fenced", text).hint("stop the VM here: `heca vm stop NAME --now`")
+        );
+    }
     let mut config = config.clone();
     let eviction = if config.resume {
         // What the former pager may still have under way must not count any more.
@@ -412,14 +422,17 @@ fn adopt_pages(ram: &File, pages: u64, journal: &Journal, core: &mut Pager) -> s
         };
         let hole = rustix::fs::seek(ram, SeekFrom::Hole(data))?.min(end);
         for page in data / PAGE_BYTES as u64..hole.div_ceil(PAGE_BYTES as u64) {
-            core.adopt_resident(PageIndex(page), PageVersion(journal.version(page)));
+            let version = journal.version(page) & !DROPPED;
+            journal.set_version(page, version);
+            core.adopt_resident(PageIndex(page), PageVersion(version));
         }
         offset = hole;
     }
     for page in 0..pages {
         let version = journal.version(page);
         if version != 0 {
-            core.adopt_remote(PageIndex(page), PageVersion(version));
+            let dropped = version & DROPPED != 0;
+            core.adopt_absent(PageIndex(page), PageVersion(version & !DROPPED), dropped);
         }
     }
     Ok(())

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use heca_core::sponsor::{OpenRequest, Refusal, Region, ReleaseRequest, Released};
@@ -75,6 +76,7 @@ impl Store {
             file,
             slots: RwLock::new(restored.slots),
             gate: RwLock::new(Some(description.epoch)),
+            opener: AtomicU64::new(0),
         };
         self.regions_mut().insert(id, Arc::new(stored));
         Ok(restored.stored_pages)
@@ -88,17 +90,26 @@ impl Store {
     }
 
     /// Opens a region; see [`Sponsor::open`](heca_core::sponsor::Sponsor::open). Returns lease and
-    /// pages stored.
+    /// pages stored. `connection` is the number of the connection that asks: later ones have
+    /// higher numbers.
     ///
     /// # Errors
-    /// As there, and those of the store's files.
-    pub fn open_region(&self, request: &OpenRequest) -> Result<(u64, u64), Refusal> {
+    /// As there, those of the store's files, and a request that waited in a connection that its
+    /// owner gave up for a newer one.
+    pub fn open_region(
+        &self,
+        request: &OpenRequest,
+        connection: u64,
+    ) -> Result<(u64, u64), Refusal> {
         let id = request.region;
         let _serial = lock(&self.lifecycle);
         let known = self.region(id);
         // Wait until no request of the former epoch is under way.
         let mut gate =
             known.as_ref().map(|r| r.gate.write().unwrap_or_else(PoisonError::into_inner));
+        if let Some(known) = &known {
+            known.refuse_late(self.region_epoch(id), request.epoch, connection)?;
+        }
         let region = {
             let mut sponsor = lock(&self.sponsor);
             let held = sponsor.region(id).map_or(&[][..], |region| &region.extents);
@@ -110,7 +121,8 @@ impl Store {
             Some(stored) => Ok(stored.clone()),
             None => self.pages_file(id, true).map(|file| {
                 let (slots, gate) = (RwLock::default(), RwLock::new(Some(request.epoch)));
-                Arc::new(StoredRegion { id, file, slots, gate })
+                let opener = AtomicU64::new(connection);
+                Arc::new(StoredRegion { id, file, slots, gate, opener })
             }),
         }
         .and_then(|stored| self.describe(&stored, &region).map(|()| stored));
@@ -127,8 +139,13 @@ impl Store {
         if let Some(gate) = gate.as_deref_mut() {
             *gate = Some(region.epoch);
         }
+        stored.opener.store(connection, Ordering::Relaxed);
         self.regions_mut().insert(id, stored);
         Ok((region.lease_ms, region.stored_pages))
+    }
+
+    fn region_epoch(&self, id: RegionId) -> Option<Epoch> {
+        lock(&self.sponsor).region(id).map(|region| region.epoch)
     }
 
     /// Makes slots for the region's extents and writes its description.
@@ -153,13 +170,20 @@ impl Store {
     /// [`Sponsor::release`](heca_core::sponsor::Sponsor::release).
     ///
     /// # Errors
-    /// As there, a quota too small for what is left, and those of the store's files.
-    pub fn release_extents(&self, request: &ReleaseRequest) -> Result<(), Refusal> {
+    /// As there, a quota too small for what is left, those of the store's files, and a request that
+    /// waited in a connection that its owner gave up for a newer one: what it released may have
+    /// been asked for again since.
+    pub fn release_extents(
+        &self,
+        request: &ReleaseRequest,
+        connection: u64,
+    ) -> Result<(), Refusal> {
         let id = request.region;
         let serial = lock(&self.lifecycle);
         self.check(id, request.epoch)?;
         let Some(stored) = self.region(id) else { return Err(not_held(id)) };
         let mut gate = stored.gate.write().unwrap_or_else(PoisonError::into_inner);
+        stored.refuse_late(Some(request.epoch), request.epoch, connection)?;
         let kept = {
             let mut sponsor = lock(&self.sponsor);
             let region = sponsor.check(id, request.epoch)?;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use heca_core::sponsor::{Refusal, check_version};
@@ -136,6 +137,8 @@ pub struct StoredRegion {
     /// work, a takeover for writing: none of the old owner's requests is under way when the new
     /// owner's first begins.
     pub(super) gate: RwLock<Option<Epoch>>,
+    /// Connection that opened the region last.
+    pub(super) opener: AtomicU64,
 }
 
 impl Store {
@@ -222,6 +225,21 @@ impl Slot {
 }
 
 impl StoredRegion {
+    /// Refuses a request of an earlier connection than the one that opened the region last, under
+    /// the same epoch.
+    pub(super) fn refuse_late(
+        &self,
+        current: Option<Epoch>,
+        epoch: Epoch,
+        connection: u64,
+    ) -> Result<(), Refusal> {
+        if current != Some(epoch) || self.opener.load(Ordering::Relaxed) <= connection {
+            return Ok(());
+        }
+        let text = format!("region {}: a newer connection of its owner is in use", self.id);
+        Err(Refusal { status: Status::Superseded, text })
+    }
+
     fn slot(&self, page: PageIndex) -> Result<Arc<Slot>, Refusal> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         slots.held.get(&page.extent()).cloned().ok_or_else(|| Refusal {

@@ -63,8 +63,7 @@ fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
         match start_pager(vm, &record.config) {
             Ok(pager) => {
                 let pause = lost.elapsed();
-                record.config.resume = false;
-                record.pager = Some(identity(&pager));
+                let started = identity(&pager);
                 if let Some(running) = &mut *lock(&vm.running) {
                     running.pager = Some(pager);
                 } else {
@@ -72,7 +71,7 @@ fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
                     pager.kill();
                     return;
                 }
-                if let Err(error) = vm.write_record(&record) {
+                if let Err(error) = vm.change_record(|record| record.pager = Some(started)) {
                     tracing::error!(vm = name, "not written down: {error}");
                 }
                 tracing::warn!(

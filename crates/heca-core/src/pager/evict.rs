@@ -76,9 +76,10 @@ impl Pager {
             p.flags &= !PREFETCHED;
             self.prefetch_wasted();
         }
-        let version = PageVersion(self.page(page).version);
+        let p = *self.page(page);
+        let (version, zero) = (PageVersion(p.version), p.has(ZERO));
         self.punching += 1;
-        out.push(Action::Punch { page, version });
+        out.push(Action::Punch { page, version, zero });
     }
 
     fn unmap(&mut self, page: PageIndex, out: &mut Vec<Action>) {

@@ -235,6 +235,10 @@ impl Pager {
         if error != FetchError::Lost {
             p.fetch |= 1 << (4 + replica);
         }
+        if matches!(error, FetchError::Absent | FetchError::Corrupt) {
+            self.distrust(page, replica);
+        }
+        let p = self.page(page);
         let p = *p;
         if p.has(PREFETCHED) && !p.has(WANTED) {
             if self.restore_next.is_some() {
@@ -251,6 +255,19 @@ impl Pager {
             self.page(page).flags &= !PREFETCHED;
         }
         self.ask(page, FetchClass::Demand, out);
+    }
+
+    /// A replica that counted as complete does not have a page, or has it damaged: it is to be gone
+    /// over, page by page, if there is another one to do so from.
+    fn distrust(&mut self, page: PageIndex, replica: u8) {
+        let extent = page.extent();
+        let stale = self.stale[extent.0 as usize];
+        let others = self.up_mask(page) & !stale & !(1 << replica);
+        if stale >> replica & 1 == 0 && others != 0 {
+            self.stale[extent.0 as usize] |= 1 << replica;
+            self.changed.push(extent);
+            self.look_for_rebuilds();
+        }
     }
 
     pub(super) fn fetch_ahead(&mut self, page: PageIndex, out: &mut Vec<Action>) {

@@ -418,13 +418,15 @@ pub enum Action {
         /// Sponsors to store it on, one bit each.
         sponsors: u16,
     },
-    /// Free the page's local memory.
+    /// Free the page's local memory. Version and `zero` are to be written down before the page goes;
+    /// that it went counts until it is brought back.
     Punch {
         /// The page.
         page: PageIndex,
-        /// The version that the sponsors hold; 0 if there is none and the page is all zeros. To be
-        /// written down before the page goes.
+        /// The version that the sponsors hold.
         version: PageVersion,
+        /// The page is all zeros: nobody needs to be asked for it.
+        zero: bool,
     },
     /// The replica set of an extent, or what is known of its gaps, changed: write down
     /// [`Pager::extent_record`] before anything that comes later.

@@ -195,12 +195,10 @@ impl Pager {
                 }
                 // Sent to the target, or taken back when it is seen that it was not.
                 State::Storing | State::Poisoned => continue,
+                // All zeros, whatever sponsors have.
+                State::Untouched => continue,
                 _ if p.version == 0 => continue,
-                State::Untouched
-                | State::Standby
-                | State::Punching
-                | State::Remote
-                | State::Fetching => {}
+                State::Standby | State::Punching | State::Remote | State::Fetching => {}
             }
             let Some(from) = self.source(r.extent, r.to, tries) else {
                 if p.state == State::Standby {

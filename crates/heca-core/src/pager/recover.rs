@@ -3,7 +3,8 @@
 //! What must survive a pager is small: the version of each page, and which sponsors hold which
 //! extents. The rest follows from the RAM file, which has every page that is local. The caller
 //! keeps both where a crash of the pager does not reach, writes a version down when it carries out
-//! `Unmap` and `Punch`, and an extent when it carries out `Extent`.
+//! `Unmap` and `Punch`, that a page is gone when it carries out `Punch` (until it brought the page
+//! back), and an extent when it carries out `Extent`.
 //!
 //! Why that is enough: a page is freed only by a `Punch`, and by then its written version is the
 //! one that the sponsors acknowledged. A page that is still local counts as dirty, so that it does
@@ -43,14 +44,18 @@ impl Pager {
         }
     }
 
-    /// A page that is not in local memory and that a former pager stored under this version. To be
-    /// called before the first event, after the resident pages were named.
-    pub fn adopt_remote(&mut self, page: PageIndex, version: PageVersion) {
+    /// A page that is not in local memory. `dropped` says whether a former pager dropped it, and so
+    /// stored it under this version; if not, it was never there, or its owner discarded it, and it
+    /// is all zeros. To be called before the first event, after the resident pages were named.
+    pub fn adopt_absent(&mut self, page: PageIndex, version: PageVersion, dropped: bool) {
         let forget = self.config.mutation == Some(Mutation::RecoverAsZero);
         let p = &mut self.pages[page.0 as usize];
-        if p.state == State::Untouched && version != PageVersion::NEVER && !forget {
+        if p.state != State::Untouched {
+            return;
+        }
+        p.version = version.0;
+        if dropped && version != PageVersion::NEVER && !forget {
             p.state = State::Remote;
-            p.version = version.0;
             self.untouched -= 1;
             self.remote += 1;
         }

@@ -543,7 +543,7 @@ fn a_new_pager_goes_on_where_the_old_one_ended() {
         let version = PageVersion(old.pages[page as usize].version);
         match world.local[page as usize].content {
             Some(_) => world.pager.adopt_resident(PageIndex(page), version),
-            None => world.pager.adopt_remote(PageIndex(page), version),
+            None => world.pager.adopt_absent(PageIndex(page), version, true),
         }
     }
     assert_eq!(world.pager.gauges().local_pages, old.gauges().local_pages);

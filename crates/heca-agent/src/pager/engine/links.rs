@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use heca_core::pager::{Event, FetchClass, FetchError};
-use heca_types::Status;
+use heca_types::{PageIndex, Status};
 
 use super::super::evictor::Job;
 use super::super::lane::{Answer, Asked, ReadLane};
@@ -14,6 +14,8 @@ use crate::link::{Link, LinkError};
 
 /// A sponsor from which nothing came for this long while reads wait for it is avoided.
 const SUSPICION: Duration = Duration::from_millis(10);
+/// Time after which a page that was asked for ahead, and that a thread waits for, is late.
+const PREFETCH_LATE: Duration = Duration::from_millis(5);
 
 impl Engine {
     pub(super) fn take_replies(&mut self) -> bool {
@@ -101,6 +103,22 @@ impl Engine {
                     break;
                 }
                 let Some(page) = lanes.demand.take_overdue(since) else { break };
+                self.dispatch(Event::Late { page, sponsor }, None);
+            }
+        }
+    }
+
+    /// A thread may wait for a page that was asked for ahead of it: that, too, is asked elsewhere
+    /// when it takes long.
+    pub(super) fn look_for_late_prefetches(&mut self, now: Instant) {
+        let Some(since) = now.checked_sub(PREFETCH_LATE) else { return };
+        for position in 0..self.lanes.len() {
+            let Some(lanes) = &self.lanes[position] else { continue };
+            let waited_for = lanes.prefetch.pages_before(since);
+            let pages: Vec<PageIndex> =
+                waited_for.filter(|page| self.seen.contains_key(page)).collect();
+            let sponsor = position as u8;
+            for page in pages {
                 self.dispatch(Event::Late { page, sponsor }, None);
             }
         }

@@ -101,7 +101,7 @@ fn an_extent_that_lacks_a_source_does_not_keep_others_waiting() {
     for number in 0..2 {
         pager.adopt_extent(ExtentIndex(number), record(0b10, &[0, 1])).expect("a record");
     }
-    pager.adopt_remote(PageIndex(5), PageVersion(1));
+    pager.adopt_absent(PageIndex(5), PageVersion(1), true);
     let mut events = VecDeque::new();
     for _ in 0..200 {
         events.push_back(Event::Tick);
