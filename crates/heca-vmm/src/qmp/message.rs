@@ -20,7 +20,7 @@ pub struct Event {
 
 /// One line from the peer.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Message {
+pub(crate) enum Message {
     Greeting(QemuVersion),
     Event(Event),
     Return {
