@@ -62,18 +62,41 @@ impl Inbox {
     fn next_line(&mut self) -> Result<Option<Vec<u8>>, QmpError> {
         let fresh = &self.buffer[self.scanned..];
         let end = fresh.iter().position(|&byte| byte == b'\n').map(|at| self.scanned + at);
-        if let Some(end) = end {
-            let rest = self.buffer.split_off(end + 1);
-            self.scanned = 0;
-            return Ok(Some(std::mem::replace(&mut self.buffer, rest)));
-        }
-        self.scanned = self.buffer.len();
+        self.scanned = end.unwrap_or(self.buffer.len());
+        // Also of a line that came whole: what is refused must not depend on how bytes arrive.
         if self.scanned > self.limit {
             return Err(QmpError::Malformed {
                 what: format!("a line longer than {} bytes", self.limit),
-                text: excerpt(&self.buffer),
+                text: excerpt(&self.buffer[..self.scanned]),
             });
         }
-        Ok(None)
+        let Some(end) = end else { return Ok(None) };
+        let rest = self.buffer.split_off(end + 1);
+        self.scanned = 0;
+        Ok(Some(std::mem::replace(&mut self.buffer, rest)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_holds_for_a_line_that_comes_whole_and_for_one_that_comes_in_pieces() {
+        const LINE: &[u8] = b"{\"event\":\"A\"}";
+        for piece in 1..=LINE.len() + 1 {
+            for (limit, fits) in [(LINE.len(), true), (LINE.len() - 1, false)] {
+                let mut inbox = Inbox::new(limit);
+                let mut last = Ok(Step::Starved);
+                for bytes in [LINE, b"\n"].concat().chunks(piece) {
+                    inbox.push(bytes);
+                    last = inbox.step();
+                    if last.is_err() {
+                        break;
+                    }
+                }
+                assert_eq!(last.is_ok_and(|step| step == Step::Kept), fits, "pieces of {piece}");
+            }
+        }
     }
 }
