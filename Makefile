@@ -1,6 +1,9 @@
 # The two commands of the README, and what they are made of. Needs root, apt and Rust.
 
 CARGO ?= cargo
+# How long `make fuzz` takes for each of its targets. What it finds is in fuzz/artifacts.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS = frames join_token qmp store_files
 
 .PHONY: all deps build test lint unit demo bench sim fuzz clean help
 
@@ -35,8 +38,12 @@ bench: deps build ## Latency of remote faults beside its floors
 sim: build ## A million steps of the pager in a simulated world
 	target/release/heca sim --seed 1 --ticks 1000000
 
-fuzz: ## Fuzz the frame decoder for a minute (needs nightly Rust and cargo-fuzz)
-	cd fuzz && $(CARGO) +nightly fuzz run frames -- -max_total_time=60
+fuzz: ## Fuzz every decoder, FUZZ_SECONDS each (needs nightly Rust and cargo-fuzz)
+	@cd fuzz && for target in $(FUZZ_TARGETS); do \
+	  mkdir -p "target/corpus/$$target" && \
+	  $(CARGO) +nightly fuzz run "$$target" "target/corpus/$$target" "corpus/$$target" -- \
+	    -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 clean:
 	$(CARGO) clean

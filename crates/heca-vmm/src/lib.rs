@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod command_line;
+pub mod fuzz;
 pub mod host;
 pub mod qmp;
 pub mod screen;

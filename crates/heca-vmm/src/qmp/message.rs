@@ -20,7 +20,7 @@ pub struct Event {
 
 /// One line from the peer.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Message {
+pub(crate) enum Message {
     Greeting(QemuVersion),
     Event(Event),
     Return {
@@ -63,7 +63,7 @@ pub(super) fn decode(line: &[u8]) -> Result<Message, QmpError> {
     }
     let id = id.flatten();
     if let Some(error) = object.get("error") {
-        let text = |key: &str| error[key].as_str().unwrap_or("(none given)").to_owned();
+        let text = |key: &str| plain(error[key].as_str().unwrap_or("(none given)"));
         return Ok(Message::Error { id, class: text("class"), desc: text("desc") });
     }
     match (id, object.remove("return")) {
@@ -89,11 +89,16 @@ fn time_of(timestamp: Option<&Value>) -> Duration {
 pub(super) fn excerpt(line: &[u8]) -> String {
     const LIMIT: usize = 160;
     let text = String::from_utf8_lossy(&line[..line.len().min(LIMIT)]);
-    let mut text = text.trim_end().replace(char::is_control, "\u{fffd}");
+    let mut text = plain(text.trim_end());
     if line.len() > LIMIT {
         text.push_str("...");
     }
     text
+}
+
+/// The same text without characters that would steer a terminal.
+fn plain(text: &str) -> String {
+    text.replace(char::is_control, "\u{fffd}")
 }
 
 #[cfg(test)]
@@ -112,6 +117,13 @@ mod tests {
         assert_eq!(event.data, serde_json::json!({}));
         let foreign = br#"{"return": {}, "id": "libvirt-12"}"#;
         assert_eq!(decode(foreign).unwrap(), Message::Unrelated);
+    }
+
+    #[test]
+    fn a_refusal_does_not_steer_a_terminal() {
+        let line = br#"{"id": 2, "error": {"class": "\u001b[31mC", "desc": "a\nb\u009b1m"}}"#;
+        let Message::Error { class, desc, .. } = decode(line).unwrap() else { panic!("no error") };
+        assert_eq!((class.as_str(), desc.as_str()), ("\u{fffd}[31mC", "a\u{fffd}b\u{fffd}1m"));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod error;
 mod events;
+pub(crate) mod inbox;
 mod message;
 #[cfg(test)]
 mod tests;
@@ -20,10 +21,10 @@ use serde_json::{Value, json};
 
 use crate::QemuVersion;
 pub use error::QmpError;
-use events::EventQueue;
 pub use events::{EVENT_BYTES_MAX, EVENTS_MAX};
+use inbox::{Inbox, Step};
 pub use message::Event;
-use message::{Message, decode, excerpt, version_of};
+use message::{Message, excerpt, version_of};
 
 /// Longest line accepted from QEMU; `query-qmp-schema`, the longest real answer, is about 200 KiB.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
@@ -36,10 +37,7 @@ pub struct Qmp {
     stream: UnixStream,
     path: PathBuf,
     timeout: Duration,
-    buffer: Vec<u8>,
-    /// How much of `buffer` is known to hold no line end.
-    scanned: usize,
-    events: EventQueue,
+    inbox: Inbox,
     next_id: u64,
     /// Set once the byte stream can no longer be trusted; every later call then fails.
     closed: bool,
@@ -51,13 +49,21 @@ impl Qmp {
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
         let deadline = deadline_after(timeout);
         let stream = connect_until(path, deadline)?;
+        Self::over(stream, path, timeout, deadline)
+    }
+
+    /// Waits for the greeting on a fresh connection, and makes it ready for commands.
+    pub(crate) fn over(
+        stream: UnixStream,
+        path: &Path,
+        timeout: Duration,
+        deadline: Instant,
+    ) -> Result<Self, QmpError> {
         let mut qmp = Self {
             stream,
             path: path.to_owned(),
             timeout,
-            buffer: Vec::new(),
-            scanned: 0,
-            events: EventQueue::default(),
+            inbox: Inbox::new(LINE_BYTES_MAX),
             next_id: 1,
             closed: false,
         };
@@ -100,7 +106,7 @@ impl Qmp {
         let deadline = deadline_after(timeout);
         let what = format!("event {name}");
         loop {
-            if let Some(event) = self.events.take(name) {
+            if let Some(event) = self.inbox.events.take(name) {
                 return Ok(event);
             }
             self.read_line_into_events(deadline, &what)?;
@@ -109,13 +115,13 @@ impl Qmp {
 
     /// Returns the events collected so far, oldest first, and forgets them.
     pub fn take_events(&mut self) -> Vec<Event> {
-        self.events.take_all()
+        self.inbox.events.take_all()
     }
 
     /// How many events were dropped because nobody took them in time.
     #[must_use]
     pub fn dropped_events(&self) -> u64 {
-        self.events.dropped()
+        self.inbox.events.dropped()
     }
 
     /// The run state of the machine, such as `prelaunch`, `running` or `postmigrate`.
@@ -202,41 +208,17 @@ impl Qmp {
         deadline: Instant,
         what: &str,
     ) -> Result<Option<Message>, QmpError> {
-        let line = self.read_line(deadline, what)?;
-        if line.trim_ascii().is_empty() {
-            return Ok(None);
-        }
-        match decode(&line) {
-            Ok(Message::Event(event)) => {
-                self.events.push(line.len(), event);
-                Ok(None)
-            }
-            Ok(message) => Ok(Some(message)),
-            Err(error) => {
-                self.closed = true;
-                Err(error)
-            }
-        }
-    }
-
-    fn read_line(&mut self, deadline: Instant, what: &str) -> Result<Vec<u8>, QmpError> {
         self.check_open(what)?;
         loop {
-            let fresh = &self.buffer[self.scanned..];
-            if let Some(end) = fresh.iter().position(|&byte| byte == b'\n') {
-                let rest = self.buffer.split_off(self.scanned + end + 1);
-                self.scanned = 0;
-                return Ok(std::mem::replace(&mut self.buffer, rest));
+            match self.inbox.step() {
+                Ok(Step::Starved) => self.fill(deadline, what)?,
+                Ok(Step::Kept) => return Ok(None),
+                Ok(Step::Message(message)) => return Ok(Some(message)),
+                Err(error) => {
+                    self.closed = true;
+                    return Err(error);
+                }
             }
-            self.scanned = self.buffer.len();
-            if self.scanned > LINE_BYTES_MAX {
-                self.closed = true;
-                return Err(QmpError::Malformed {
-                    what: format!("a line longer than {LINE_BYTES_MAX} bytes"),
-                    text: excerpt(&self.buffer),
-                });
-            }
-            self.fill(deadline, what)?;
         }
     }
 
@@ -255,7 +237,7 @@ impl Qmp {
                 self.check_open(what)
             }
             Ok(bytes) => {
-                self.buffer.extend_from_slice(&chunk[..bytes]);
+                self.inbox.push(&chunk[..bytes]);
                 Ok(())
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),

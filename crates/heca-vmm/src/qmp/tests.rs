@@ -197,7 +197,7 @@ fn a_line_without_end_is_bounded() {
     let mut qmp = fake.connect(LONG).unwrap();
     let error = qmp.query_status().unwrap_err();
     assert!(error.to_string().contains("longer than"), "{error}");
-    assert!(qmp.buffer.len() < LINE_BYTES_MAX + (64 << 10));
+    assert!(qmp.inbox.unread() < LINE_BYTES_MAX + (64 << 10));
     drop(qmp);
     fake.finish();
 }
