@@ -2,7 +2,8 @@
 //!
 //! Each page begins with its number and its generation; the rest follows from both. So a wrong
 //! byte, an old generation and the content of another page are told from each other. The newest
-//! generation of each page is kept apart.
+//! generation of each page is kept apart. Some generations are all zeros: such pages take no memory
+//! on a sponsor, and the next generation takes it anew.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -20,6 +21,8 @@ const RANDOM_STEPS: usize = 6000;
 const SWEEP_PART: usize = 8;
 /// One in so many verified pages is written anew.
 const WRITE_ONE_IN: u64 = 3;
+/// One in so many generations is all zeros.
+const ZERO_ONE_IN: u64 = 8;
 /// Wrong pages that are described in words.
 const WORDS_MAX: u64 = 20;
 
@@ -34,24 +37,42 @@ fn word(seed: u64, position: usize) -> u64 {
     seed.wrapping_add((position as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)).rotate_left(29) ^ seed
 }
 
+fn seed_of(number: u64, generation: u64) -> u64 {
+    mix(number ^ generation.rotate_left(32))
+}
+
+fn is_zero(number: u64, generation: u64) -> bool {
+    seed_of(number, generation).is_multiple_of(ZERO_ONE_IN)
+}
+
 fn fill(page: &mut [u64], number: u64, generation: u64) {
+    if is_zero(number, generation) {
+        page.fill(0);
+        return;
+    }
     page[0] = number;
     page[1] = generation;
-    let seed = mix(number ^ generation.rotate_left(32));
+    let seed = seed_of(number, generation);
     for (i, w) in page.iter_mut().enumerate().skip(2) {
         *w = word(seed, i);
     }
 }
 
+fn differing(found: u64, expected: u64) -> u64 {
+    if found == expected {
+        return 0;
+    }
+    (found ^ expected).to_le_bytes().iter().filter(|&&byte| byte != 0).count() as u64
+}
+
 /// Bytes of the page that are not as they should be.
 fn wrong_bytes(page: &[u64], number: u64, generation: u64) -> u64 {
-    let seed = mix(number ^ generation.rotate_left(32));
-    let differing = |found: u64, expected: u64| {
-        (found ^ expected).to_le_bytes().iter().filter(|&&byte| byte != 0).count() as u64
-    };
+    if is_zero(number, generation) {
+        return page.iter().map(|&w| differing(w, 0)).sum();
+    }
+    let seed = seed_of(number, generation);
     let rest = page.iter().enumerate().skip(2);
-    let rest: u64 =
-        rest.map(|(i, &w)| if w == word(seed, i) { 0 } else { differing(w, word(seed, i)) }).sum();
+    let rest: u64 = rest.map(|(i, &w)| differing(w, word(seed, i))).sum();
     differing(page[0], number) + differing(page[1], generation) + rest
 }
 
@@ -224,14 +245,20 @@ mod tests {
     #[test]
     fn what_is_wrong_with_a_page_is_told() {
         let mut page = vec![0; PAGE_WORDS];
-        assert_eq!(describe(&page, 7, 3), "all zeros");
-        fill(&mut page, 7, 3);
-        assert_eq!(wrong_bytes(&page, 7, 3), 0);
-        assert!(wrong_bytes(&page, 7, 4) > 0);
-        assert_eq!(describe(&page, 7, 4), "an old generation");
-        assert_eq!(describe(&page, 8, 3), "the content of another page");
+        let mut with_content = (1..).filter(|&generation| !is_zero(7, generation));
+        let (old, new) = (with_content.next().unwrap_or(0), with_content.next().unwrap_or(0));
+        assert_eq!(describe(&page, 7, old), "all zeros");
+        fill(&mut page, 7, old);
+        assert_eq!(wrong_bytes(&page, 7, old), 0);
+        assert!(wrong_bytes(&page, 7, new) > 0);
+        assert_eq!(describe(&page, 7, new), "an old generation");
+        assert_eq!(describe(&page, 8, old), "the content of another page");
         page[100] ^= 1 << 20;
-        assert_eq!(wrong_bytes(&page, 7, 3), 1);
-        assert_eq!(describe(&page, 7, 3), "wrong bytes");
+        assert_eq!(wrong_bytes(&page, 7, old), 1);
+        assert_eq!(describe(&page, 7, old), "wrong bytes");
+        let empty = (1..).find(|&generation| is_zero(7, generation)).unwrap_or(0);
+        assert!(wrong_bytes(&page, 7, empty) > 4000);
+        fill(&mut page, 7, empty);
+        assert_eq!(wrong_bytes(&page, 7, empty), 0);
     }
 }

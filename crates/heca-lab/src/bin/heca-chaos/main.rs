@@ -196,7 +196,7 @@ fn one(cluster: &mut Cluster, faults: &mut Faults, kind: Kind) -> anyhow::Result
     cluster.check_guest()?;
     let from = cluster.console().samples().len();
     let begun = Instant::now();
-    let done = faults.inject(cluster, kind).with_context(|| format!("{}", kind.name()))?;
+    let done = faults.inject(cluster, kind).with_context(|| kind.name())?;
     let healed = Instant::now();
     let context = || format!("{} of {}", kind.name(), done.target);
     let look = cluster.wait_healthy(HEALTH_BOUND).with_context(context)?;
@@ -211,7 +211,7 @@ fn one(cluster: &mut Cluster, faults: &mut Faults, kind: Kind) -> anyhow::Result
         note: done.note,
         stall_ms: cluster.console().longest_stall_ms(from),
         recovery_ms: recovery.as_secs_f64() * 1e3,
-        rebuild_ms: kind.rebuilds().then(|| whole.as_secs_f64() * 1e3),
+        rebuild_ms: kind.rebuilds().then_some(whole.as_secs_f64() * 1e3),
         pager_pause_ms: if kind.replaces_pager() { look.vm.pager_pause_ms } else { None },
         seconds: begun.elapsed().as_secs_f64() + QUIET.as_secs_f64() + 0.4,
     })
