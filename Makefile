@@ -5,7 +5,7 @@ CARGO ?= cargo
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = frames join_token qmp store_files
 
-.PHONY: all deps build test lint unit demo bench sim fuzz clean help
+.PHONY: all deps build test lint unit demo chaos bench sim fuzz clean help
 
 all: build
 
@@ -31,6 +31,9 @@ test: deps lint unit ## Install, build, lint and run all tests
 
 demo: deps build ## Three hosts, a guest on pooled memory, a memory test in it
 	target/release/heca-demo
+
+chaos: deps build ## Faults of every kind under a guest that verifies its memory, for nine minutes
+	target/release/heca-chaos
 
 bench: deps build ## Latency of remote faults beside its floors
 	target/release/heca bench fault

@@ -387,7 +387,13 @@ impl Link {
                 self.set_timeout(None)?;
                 return picked.ok_or(LinkError::Unexpected { found: header.kind });
             }
-            self.receive_blocking()?;
+            match self.receive_blocking() {
+                // What the socket says when its timeout has passed.
+                Err(LinkError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+                }
+                other => other?,
+            }
         }
     }
 

@@ -28,6 +28,7 @@ pub struct Host {
     run_dir: PathBuf,
     memory_dir: PathBuf,
     agent: Option<Child>,
+    options: AgentOptions,
 }
 
 /// Port that sponsors of a lab listen on.
@@ -72,6 +73,7 @@ impl Host {
             run_dir: dir.join(format!("h{position}")),
             memory_dir: memory_dir.join(format!("h{position}")),
             agent: None,
+            options: AgentOptions::default(),
         }
     }
 
@@ -79,6 +81,12 @@ impl Host {
     #[must_use]
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// Its address in the lab's network.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
     }
 
     /// Where its sponsor listens.
@@ -126,6 +134,7 @@ impl Host {
     /// An agent that does not start, with the end of its log.
     pub fn start_agent(&mut self, options: &AgentOptions) -> anyhow::Result<()> {
         ensure!(self.agent.is_none(), "the agent runs already");
+        self.options = options.clone();
         let log = File::options().create(true).append(true).open(self.agent_log())?;
         let mut command = self.command(&heca_binary()?);
         command.arg("agent").arg("--memory-dir").arg(&self.memory_dir);
@@ -153,10 +162,30 @@ impl Host {
         Ok(())
     }
 
+    /// Starts its agent again as it was started last.
+    ///
+    /// # Errors
+    /// Those of [`Self::start_agent`].
+    pub fn restart_agent(&mut self) -> anyhow::Result<()> {
+        let options = self.options.clone();
+        self.start_agent(&options)
+    }
+
+    /// Sends its agent a signal.
+    ///
+    /// # Errors
+    /// No agent runs.
+    pub fn signal_agent(&self, signal: Signal) -> anyhow::Result<()> {
+        let agent = self.agent.as_ref().context("no agent runs")?;
+        Ok(kill_process(Pid::from_child(agent), signal)?)
+    }
+
     /// Ends its agent in an orderly way, and its VMs with it.
     pub fn stop_agent(&mut self) {
         let Some(mut child) = self.agent.take() else { return };
         let _ = kill_process(Pid::from_child(&child), Signal::TERM);
+        // It may stand still.
+        let _ = kill_process(Pid::from_child(&child), Signal::CONT);
         let deadline = Instant::now() + Duration::from_secs(20);
         while Instant::now() < deadline {
             if matches!(child.try_wait(), Ok(Some(_))) {

@@ -5,11 +5,17 @@
 //! panics: processes, namespaces, files on tmpfs. Needs root and iproute2.
 #![forbid(unsafe_code)]
 
+mod cluster;
+mod console;
 mod cpio;
 mod guest;
 mod host;
 mod net;
+mod pool;
 
+pub use cluster::{Cluster, ClusterOptions, Look};
+pub use console::{Console, Sample};
 pub use guest::{GuestImage, find_kernel};
 pub use host::{AgentOptions, Host, heca_binary};
 pub use net::Lab;
+pub use pool::LabPool;

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::host::Host;
 
@@ -18,6 +19,7 @@ pub struct Lab {
     dir: PathBuf,
     memory_dir: PathBuf,
     namespaces: Vec<String>,
+    mounts: Vec<PathBuf>,
     hosts: Vec<Host>,
 }
 
@@ -49,7 +51,8 @@ impl Lab {
         fs::create_dir_all(&dir)?;
         fs::create_dir_all(&memory_dir)?;
         // From here on `Drop` takes back what was made.
-        let mut lab = Self { id, dir, memory_dir, namespaces: Vec::new(), hosts: Vec::new() };
+        let (namespaces, mounts, hosts_made) = (Vec::new(), Vec::new(), Vec::new());
+        let mut lab = Self { id, dir, memory_dir, namespaces, mounts, hosts: hosts_made };
         let hub = lab.namespace("net")?;
         run("ip", &["-n", &hub, "link", "add", "bridge", "type", "bridge"])?;
         run("ip", &["-n", &hub, "link", "set", "bridge", "up"])?;
@@ -105,6 +108,62 @@ impl Lab {
         let state = if up { "up" } else { "down" };
         run("ip", &["-n", &hub, "link", "set", &format!("p{number}"), state])
     }
+
+    /// Has one host throw away everything that it would send to another one, or stop to do so. The
+    /// other direction goes on.
+    ///
+    /// # Errors
+    /// Those of `ip`.
+    pub fn set_mute(&self, from: usize, to: usize, mute: bool) -> anyhow::Result<()> {
+        let (from, to) = (&self.hosts[from - 1], &self.hosts[to - 1]);
+        let address = format!("{}/32", to.address());
+        let verb = if mute { "add" } else { "delete" };
+        run("ip", &["-n", from.namespace(), "route", verb, "blackhole", &address])
+    }
+
+    /// Bounds what a host sends, in Mbit/s, or lifts the bound.
+    ///
+    /// # Errors
+    /// Those of `tc`.
+    pub fn set_rate(&self, number: usize, mbit_s: Option<u32>) -> anyhow::Result<()> {
+        let namespace = self.hosts[number - 1].namespace();
+        match mbit_s {
+            Some(mbit_s) => {
+                let rate = format!("{mbit_s}mbit");
+                let tbf = ["tbf", "rate", &rate, "burst", "64kb", "latency", "400ms"];
+                let add = ["-n", namespace, "qdisc", "add", "dev", "eth0", "root"];
+                run("tc", &[&add[..], &tbf[..]].concat())
+            }
+            None => run("tc", &["-n", namespace, "qdisc", "delete", "dev", "eth0", "root"]),
+        }
+    }
+
+    /// Gives a host a tmpfs of its own for its memory, so that it can be full.
+    ///
+    /// # Errors
+    /// Those of `mount`.
+    pub fn limit_memory(&mut self, number: usize, bytes: u64) -> anyhow::Result<()> {
+        let dir = self.hosts[number - 1].memory_dir().to_owned();
+        fs::create_dir_all(&dir)?;
+        let size = format!("size={bytes}");
+        run("mount", &["-t", "tmpfs", "-o", &size, "heca-lab", &dir.to_string_lossy()])?;
+        self.mounts.push(dir);
+        Ok(())
+    }
+
+    /// Ends processes of the lab that outlived their agent: those that name one of its files.
+    fn end_strays(&self) {
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let pid = name.to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+            let Some(pid) = pid.filter(|pid| *pid != rustix::process::getpid()) else { continue };
+            let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            // With the slash, `heca12x1` is not `heca12x10`.
+            if String::from_utf8_lossy(&command).contains(&format!("/{}/", self.id)) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
 }
 
 impl Drop for Lab {
@@ -112,6 +171,10 @@ impl Drop for Lab {
         // The demander first, so that its regions are given back.
         for host in &mut self.hosts {
             host.stop_agent();
+        }
+        self.end_strays();
+        for mount in &self.mounts {
+            let _ = run("umount", &["--lazy", &mount.to_string_lossy()]);
         }
         for namespace in &self.namespaces {
             let _ = run("ip", &["netns", "delete", namespace]);

@@ -52,6 +52,10 @@ pub enum Command {
     Bench(BenchArguments),
     /// Write a pattern to memory and verify it; made to be run inside a guest.
     Memtest(MemtestArguments),
+    /// Write and verify memory without end, and tell of the longest pause; run inside a guest by
+    /// `heca-chaos`.
+    #[command(hide = true)]
+    Hammer(HammerArguments),
     /// Serve the page faults of one process; started by the agent.
     #[command(hide = true)]
     Pager(PagerArguments),
@@ -504,6 +508,25 @@ pub struct MemtestArguments {
     /// Print JSON at the end.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct HammerArguments {
+    /// Memory to work on.
+    #[arg(long, value_name = "SIZE")]
+    pub size: ByteSize,
+    /// Threads that share it.
+    #[arg(long, default_value_t = 2)]
+    pub threads: usize,
+    /// Pause between two reports.
+    #[arg(long, default_value_t = 200, value_name = "MILLISECONDS")]
+    pub report_ms: u64,
+    /// Everything random follows from it.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Time to work, in seconds; without end if not given.
+    #[arg(long, value_name = "SECONDS")]
+    pub seconds: Option<u64>,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,7 @@
 mod attach;
 mod bench;
 mod cli;
+mod hammer;
 mod memtest;
 mod output;
 mod pool;
@@ -82,6 +83,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Sim(arguments) => return output::run_sim(&arguments),
         Command::Bench(arguments) => bench::run(&arguments)?,
         Command::Memtest(arguments) => return memtest::run(&arguments),
+        Command::Hammer(arguments) => return hammer::run(&arguments),
         Command::BenchTarget(arguments) => bench::target::run(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)

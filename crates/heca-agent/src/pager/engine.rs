@@ -140,7 +140,7 @@ impl Engine {
         (jobs, evictor_waker): (Sender<Job>, Arc<Waker>),
     ) -> std::io::Result<Self> {
         let sponsors = lanes.len();
-        let lanes = lanes.into_iter().map(|links| Some(context.lanes(links?)));
+        let lanes = lanes.into_iter().zip(0..).map(|(links, s)| Some(context.lanes(s, links?)));
         Ok(Self {
             core,
             lanes: lanes.collect(),
@@ -317,6 +317,8 @@ impl Engine {
             }
             Action::Extent { extent } => {
                 self.context.journal.set_extent(extent.0, self.core.extent_record(extent));
+                let set = self.core.layout().replicas(extent);
+                self.context.remote.forget_extent(extent, set.sponsors());
                 return;
             }
             Action::Hold { extent, sponsor } => {

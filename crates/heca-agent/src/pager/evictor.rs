@@ -27,8 +27,7 @@ use rustix::time::Timespec;
 use super::engine::Message;
 use super::lane::{Seal, is_final};
 use super::preflight::Target;
-use super::remote::Remote;
-use super::remote::chain;
+use super::remote::{Peer, Remote, chain};
 use super::waker::Waker;
 use crate::link::{Link, LinkError};
 
@@ -86,10 +85,13 @@ pub(super) struct Context {
     pub(super) seal: Seal,
 }
 
+/// Pages sent under a request number.
+type Frame = (u64, Vec<(PageIndex, PageVersion)>);
+
 struct WriteLane {
     link: Link,
     /// Frames without an acknowledgement, oldest first.
-    in_flight: VecDeque<(u64, Vec<(PageIndex, PageVersion)>)>,
+    in_flight: VecDeque<Frame>,
     next_request: u64,
     /// When the peer last did something while frames were in flight.
     progress: Instant,
@@ -374,7 +376,8 @@ impl Evictor {
         for sponsor in 0..self.lanes.len() as u8 {
             let Some(lane) = &mut self.lanes[usize::from(sponsor)] else { continue };
             let mut events = Vec::new();
-            let outcome = lane.take_acks(sponsor, &mut events);
+            let peer = self.context.remote.peer(sponsor);
+            let outcome = lane.take_acks(sponsor, &peer, &mut events);
             let stored = events.iter().filter(|e| matches!(e, Event::Stored { .. })).count();
             let traffic = self.context.remote.traffic(sponsor);
             traffic.pages_stored.fetch_add(stored as u64, Ordering::Relaxed);
@@ -438,8 +441,21 @@ fn store_failures(sponsor: u8, pages: &[(PageIndex, PageVersion)]) -> Vec<Event>
     pages.iter().map(|&(page, version)| Event::StoreFailed { page, version, sponsor }).collect()
 }
 
+/// Whether a refusal is of writes that were under way when the sponsor was told to give up the last
+/// extents that it held: it knows nothing of the region any more, and need not.
+fn is_of_released(front: Option<&Frame>, peer: &Peer, header: &Header) -> bool {
+    let front = front.filter(|(request, _)| *request == header.request);
+    header.status == Status::UnknownRegion
+        && front.is_some_and(|(_, pages)| pages.iter().all(|(p, _)| peer.gave_up(p.extent())))
+}
+
 impl WriteLane {
-    fn take_acks(&mut self, sponsor: u8, events: &mut Vec<Event>) -> Result<(), LinkError> {
+    fn take_acks(
+        &mut self,
+        sponsor: u8,
+        peer: &Peer,
+        events: &mut Vec<Event>,
+    ) -> Result<(), LinkError> {
         if !self.link.receive()? {
             let limit = Duration::from_millis(SILENCE_TIMEOUT_MS);
             if !self.in_flight.is_empty() && self.progress.elapsed() > limit {
@@ -451,6 +467,12 @@ impl WriteLane {
         while let Some((header, body)) = self.link.next_frame()? {
             let list = match body {
                 Body::Pages(list) if header.kind == Kind::WriteAck => list,
+                // It gave up the last extents that it held, as it was told, while this was under way.
+                Body::Error(_) if is_of_released(self.in_flight.front(), peer, &header) => {
+                    let (_, pages) = self.in_flight.pop_front().expect("looked at above");
+                    events.extend(store_failures(sponsor, &pages));
+                    continue;
+                }
                 Body::Error(text) => {
                     let text = text.to_owned();
                     return Err(LinkError::Refused { status: header.status, text });
@@ -473,7 +495,8 @@ impl WriteLane {
                     continue;
                 }
                 events.push(Event::StoreFailed { page, version, sponsor });
-                if is_final(entry.status()) {
+                let released = entry.status() == Status::OutOfRange && peer.gave_up(page.extent());
+                if is_final(entry.status()) && !released {
                     refused = Some(entry.status());
                 }
             }

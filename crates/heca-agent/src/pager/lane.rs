@@ -1,6 +1,7 @@
 //! One connection to one sponsor with the requests that are in flight on it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use heca_core::pager::FetchError;
@@ -8,6 +9,7 @@ use heca_types::limits::{DEMAND_PAGES_IN_FLIGHT_MAX, FRAME_PAGES_MAX, PAGE_BYTES
 use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
 use heca_wire::{Body, EntryFlags, Header, Kind, PageEntry, encode_pages, page_checksum};
 
+use super::remote::Peer;
 use crate::link::{Link, LinkError};
 use crate::seal::Sealer;
 
@@ -24,12 +26,13 @@ pub(super) struct Asked {
 }
 
 /// What opens the pages that were sealed before they left.
-pub(super) type Seal = Option<std::sync::Arc<Sealer>>;
+pub(super) type Seal = Option<Arc<Sealer>>;
 
 /// Reads for faults, or reads ahead of them.
 #[derive(Debug)]
 pub(super) struct ReadLane {
     pub(super) link: Link,
+    peer: Arc<Peer>,
     region: RegionId,
     epoch: Epoch,
     frame_pages: usize,
@@ -51,12 +54,14 @@ static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 impl ReadLane {
     pub(super) fn new(
         link: Link,
+        peer: Arc<Peer>,
         (region, epoch): (RegionId, Epoch),
         prefetch: bool,
         seal: Seal,
     ) -> Self {
         Self {
             link,
+            peer,
             region,
             epoch,
             frame_pages: if prefetch { PREFETCH_FRAME_PAGES } else { FRAME_PAGES_MAX },
@@ -149,6 +154,15 @@ impl ReadLane {
                         take(asked, answer);
                     }
                 }
+                Body::Error(_) if is_of_released(&self.in_flight, &self.peer, &header) => {
+                    while let Some(asked) = self.in_flight.front().copied()
+                        && asked.request == header.request
+                    {
+                        self.in_flight.pop_front();
+                        self.late = self.late.saturating_sub(1);
+                        take(asked, Err(FetchError::Refused));
+                    }
+                }
                 Body::Error(text) => {
                     // What was asked counts as lost with the connection: another replica, or the
                     // same sponsor after it opened the region again, may have it.
@@ -167,6 +181,15 @@ impl ReadLane {
         let asked = self.in_flight.into_iter().map(|asked| asked.page);
         asked.chain(self.pending.into_iter().map(|(page, _)| page))
     }
+}
+
+/// Whether a refusal is of reads that were under way when the sponsor was told to give up the last
+/// extents that it held: it knows nothing of the region any more, and need not.
+fn is_of_released(in_flight: &VecDeque<Asked>, peer: &Peer, header: &Header) -> bool {
+    let mut asked = in_flight.iter().take_while(|a| a.request == header.request).peekable();
+    header.status == Status::UnknownRegion
+        && asked.peek().is_some()
+        && asked.all(|asked| peer.gave_up(asked.page.extent()))
 }
 
 /// Whether a refusal will be repeated however often one asks.

@@ -110,6 +110,12 @@ impl Peer {
         }
     }
 
+    /// Whether the sponsor was told that it need not hold the extent: what is refused of that one
+    /// was under way meanwhile.
+    pub(super) fn gave_up(&self, extent: ExtentIndex) -> bool {
+        !lock(&self.extents).contains(&extent)
+    }
+
     fn quota_bytes(extents: usize) -> u64 {
         extents as u64 * EXTENT_BYTES
     }
@@ -279,6 +285,21 @@ impl Remote {
         Ok(((control, lanes), emptied))
     }
 
+    /// The replica set of an extent changed. A sponsor that is away and lost its part in it is not
+    /// asked to hold it again when it comes back.
+    pub(super) fn forget_extent(&self, extent: ExtentIndex, sponsors: &[u8]) {
+        for (position, peer) in self.peers().iter().enumerate() {
+            if !sponsors.contains(&(position as u8)) && !lock(&peer.status).up {
+                lock(&peer.extents).remove(&extent);
+            }
+        }
+    }
+
+    /// Extents that a sponsor is to hold, as far as it was told.
+    pub(super) fn extents(&self, sponsor: u8) -> Vec<ExtentIndex> {
+        lock(&self.peer(sponsor).extents).iter().copied().collect()
+    }
+
     /// Extents of the region that a sponsor need not hold: what it may still have from before.
     pub(super) fn not_held(&self, peer: &Peer) -> Vec<ExtentIndex> {
         let held = lock(&peer.extents);
@@ -386,8 +407,7 @@ impl Remote {
             });
             match closed {
                 Ok(()) => {}
-                Err(LinkError::Refused { status, .. })
-                    if status == heca_types::Status::UnknownRegion => {}
+                Err(LinkError::Refused { status: heca_types::Status::UnknownRegion, .. }) => {}
                 Err(error) => tracing::warn!(
                     sponsor = peer.address,
                     "region not closed, its lease will run out: {}",

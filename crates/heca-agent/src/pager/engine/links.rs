@@ -8,7 +8,7 @@ use heca_types::{PageIndex, Status};
 
 use super::super::evictor::Job;
 use super::super::lane::{Answer, Asked, ReadLane};
-use super::super::remote::{Lanes, chain};
+use super::super::remote::{Command, Lanes, chain};
 use super::{Ask, Context, Engine, SponsorLanes};
 use crate::link::{Link, LinkError};
 
@@ -179,8 +179,15 @@ impl Engine {
         }
         let _ = self.jobs.send(Job::LinkUp { sponsor, link: Box::new(lanes.write_back) });
         let links = (lanes.demand, lanes.prefetch);
-        self.lanes[usize::from(sponsor)] = Some(self.context.lanes(links));
+        self.lanes[usize::from(sponsor)] = Some(self.context.lanes(sponsor, links));
         self.heard[usize::from(sponsor)] = (Instant::now(), false);
+        // What moved elsewhere just while it came back. A part that it is only now asked to take is
+        // not among them: what is under way to a sponsor ends when that one is lost.
+        for extent in self.context.remote.extents(sponsor) {
+            if self.core.layout().replicas(extent).position(sponsor).is_none() {
+                self.context.remote.command(sponsor, Command::Release(extent));
+            }
+        }
         if emptied {
             self.dispatch(Event::SponsorEmptied { sponsor }, None);
         }
@@ -248,11 +255,12 @@ impl Engine {
 }
 
 impl Context {
-    pub(super) fn lanes(&self, (demand, prefetch): (Link, Link)) -> SponsorLanes {
+    pub(super) fn lanes(&self, sponsor: u8, (demand, prefetch): (Link, Link)) -> SponsorLanes {
         let region = (self.region, self.epoch);
+        let peer = self.remote.peer(sponsor);
         SponsorLanes {
-            demand: ReadLane::new(demand, region, false, self.seal.clone()),
-            prefetch: ReadLane::new(prefetch, region, true, self.seal.clone()),
+            demand: ReadLane::new(demand, peer.clone(), region, false, self.seal.clone()),
+            prefetch: ReadLane::new(prefetch, peer, region, true, self.seal.clone()),
         }
     }
 }
