@@ -87,7 +87,7 @@ fn a_seed_says_everything() {
 
 #[test]
 fn a_long_run_takes_every_rare_branch() {
-    let report = run(&options(1, 6_000_000)).unwrap_or_else(|violation| panic!("{violation}"));
+    let report = run(&options(2, 8_000_000)).unwrap_or_else(|violation| panic!("{violation}"));
     assert_eq!(rare_branches_missed(&report), Vec::<&str>::new(), "{report}");
     assert!(report.invariants.iter().all(|i| i.times > 0), "{report}");
 }
