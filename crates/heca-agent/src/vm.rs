@@ -2,6 +2,7 @@
 
 mod launch;
 mod process;
+mod state;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -17,13 +18,13 @@ use heca_api::{
 };
 use heca_types::limits::SPONSORS_MAX;
 use heca_types::{Epoch, OwnerId, RegionId};
-use heca_vmm::command_line::{VmPaths, VmSpec};
+use heca_vmm::command_line::VmSpec;
 use heca_vmm::host;
 use heca_vmm::qmp::Qmp;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::{AgentConfig, Failover};
-use crate::pager::{PagerConfig, check_budget, journal_path};
+use crate::pager::{PagerConfig, check_budget};
 use crate::seal::SealKey;
 
 use launch::{connect_qmp, spec_of, start_pager, start_qemu};
@@ -112,113 +113,6 @@ fn pager_error(name: &str, error: heca_api::ClientError) -> ApiError {
 fn no_such_vm(name: &str) -> ApiError {
     ApiError::new("no-such-vm", format!("there is no VM `{name}` on this host"))
         .hint("`heca vm list` shows the VMs")
-}
-
-impl Vm {
-    fn paths(&self) -> VmPaths {
-        VmPaths {
-            ram_file: self.ram_file.clone(),
-            qmp_socket: self.dir.join("qmp.sock"),
-            console_socket: self.dir.join("console.sock"),
-            console_log: self.dir.join("console.log"),
-        }
-    }
-
-    fn pager_socket(&self) -> PathBuf {
-        self.dir.join("pager.sock")
-    }
-
-    fn pager_last(&self) -> PathBuf {
-        self.dir.join("pager-last.json")
-    }
-
-    fn record(&self) -> PathBuf {
-        self.dir.join("vm.json")
-    }
-
-    /// The key that pages are sealed with.
-    fn seal_key(&self) -> PathBuf {
-        self.dir.join("page.key")
-    }
-
-    fn write_record(&self, record: &Record) -> Result<(), ApiError> {
-        *lock(&self.record) = Some(record.clone());
-        self.store_record(record)
-    }
-
-    fn store_record(&self, record: &Record) -> Result<(), ApiError> {
-        let (path, new) = (self.record(), self.dir.join("vm.json.new"));
-        let bytes = serde_json::to_vec(record).expect("plain data can be written as JSON");
-        fs::write(&new, bytes)
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(|error| io_error("write", &path, &error))
-    }
-
-    fn change_record(&self, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
-        let mut record = lock(&self.record);
-        let Some(known) = &mut *record else { return Ok(()) };
-        change(known);
-        self.store_record(known)
-    }
-
-    /// Frees what only a running VM needs; logs and last figures stay.
-    fn clean_up_runtime(&self) {
-        let paths = self.paths();
-        for file in [
-            &paths.ram_file,
-            &paths.qmp_socket,
-            &paths.console_socket,
-            &self.pager_socket(),
-            &self.record(),
-            &self.dir.join("pager.json"),
-            &self.seal_key(),
-            &journal_path(&paths.ram_file),
-        ] {
-            let _ = fs::remove_file(file);
-        }
-    }
-
-    fn kill_all(&self) {
-        lock(&self.qmp).take();
-        let Some(running) = lock(&self.running).take() else { return };
-        running.qemu.kill();
-        if let Some(pager) = running.pager
-            && !pager.wait(EXIT_TIMEOUT)
-        {
-            // It waits for a sponsor that does not answer; the leases will run out.
-            pager.kill();
-        }
-    }
-
-    fn info(&self, pager: Option<PagerStats>) -> VmInfo {
-        let request = lock(&self.request).clone();
-        let paths = self.paths();
-        let state = *lock(&self.state);
-        let running = lock(&self.running);
-        let restarts = *lock(&self.restarts);
-        let encrypted = request.encrypt;
-        let fenced = pager.as_ref().and_then(|stats| stats.fenced.as_ref());
-        let fenced =
-            fenced.map(|why| format!("its memory has a newer owner; it is stopped: {why}"));
-        VmInfo {
-            name: request.name,
-            state,
-            memory: request.memory,
-            local: request.local,
-            replicas: request.replicas,
-            vcpus: request.vcpus,
-            accel: lock(&self.accel).clone(),
-            qemu_pid: running.as_ref().map(|r| r.qemu.pid),
-            pager_pid: running.as_ref().and_then(|r| r.pager.as_ref()).map(|p| p.pid),
-            console: paths.console_socket,
-            console_log: paths.console_log,
-            pager: pager.or_else(|| lock(&self.last_stats).clone()),
-            pager_restarts: restarts.count,
-            pager_pause_ms: restarts.pause.map(|pause| pause.as_secs_f64() * 1e3),
-            encrypted,
-            problem: lock(&self.problem).clone().or(fenced),
-        }
-    }
 }
 
 impl VmManager {

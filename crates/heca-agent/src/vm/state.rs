@@ -1,0 +1,117 @@
+//! One VM: its files, its record, what is told of it.
+
+use std::fs;
+use std::path::PathBuf;
+
+use heca_api::{ApiError, PagerStats, VmInfo};
+use heca_vmm::command_line::VmPaths;
+
+use super::{EXIT_TIMEOUT, Record, Vm, io_error, lock};
+use crate::pager::journal_path;
+
+impl Vm {
+    pub(super) fn paths(&self) -> VmPaths {
+        VmPaths {
+            ram_file: self.ram_file.clone(),
+            qmp_socket: self.dir.join("qmp.sock"),
+            console_socket: self.dir.join("console.sock"),
+            console_log: self.dir.join("console.log"),
+        }
+    }
+
+    pub(super) fn pager_socket(&self) -> PathBuf {
+        self.dir.join("pager.sock")
+    }
+
+    pub(super) fn pager_last(&self) -> PathBuf {
+        self.dir.join("pager-last.json")
+    }
+
+    pub(super) fn record(&self) -> PathBuf {
+        self.dir.join("vm.json")
+    }
+
+    /// The key that pages are sealed with.
+    pub(super) fn seal_key(&self) -> PathBuf {
+        self.dir.join("page.key")
+    }
+
+    pub(super) fn write_record(&self, record: &Record) -> Result<(), ApiError> {
+        *lock(&self.record) = Some(record.clone());
+        self.store_record(record)
+    }
+
+    pub(super) fn store_record(&self, record: &Record) -> Result<(), ApiError> {
+        let (path, new) = (self.record(), self.dir.join("vm.json.new"));
+        let bytes = serde_json::to_vec(record).expect("plain data can be written as JSON");
+        fs::write(&new, bytes)
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(|error| io_error("write", &path, &error))
+    }
+
+    pub(super) fn change_record(&self, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
+        let mut record = lock(&self.record);
+        let Some(known) = &mut *record else { return Ok(()) };
+        change(known);
+        self.store_record(known)
+    }
+
+    /// Frees what only a running VM needs; logs and last figures stay.
+    pub(super) fn clean_up_runtime(&self) {
+        let paths = self.paths();
+        for file in [
+            &paths.ram_file,
+            &paths.qmp_socket,
+            &paths.console_socket,
+            &self.pager_socket(),
+            &self.record(),
+            &self.dir.join("pager.json"),
+            &self.seal_key(),
+            &journal_path(&paths.ram_file),
+        ] {
+            let _ = fs::remove_file(file);
+        }
+    }
+
+    pub(super) fn kill_all(&self) {
+        lock(&self.qmp).take();
+        let Some(running) = lock(&self.running).take() else { return };
+        running.qemu.kill();
+        if let Some(pager) = running.pager
+            && !pager.wait(EXIT_TIMEOUT)
+        {
+            // It waits for a sponsor that does not answer; the leases will run out.
+            pager.kill();
+        }
+    }
+
+    pub(super) fn info(&self, pager: Option<PagerStats>) -> VmInfo {
+        let request = lock(&self.request).clone();
+        let paths = self.paths();
+        let state = *lock(&self.state);
+        let running = lock(&self.running);
+        let restarts = *lock(&self.restarts);
+        let encrypted = request.encrypt;
+        let fenced = pager.as_ref().and_then(|stats| stats.fenced.as_ref());
+        let fenced =
+            fenced.map(|why| format!("its memory has a newer owner; it is stopped: {why}"));
+        VmInfo {
+            name: request.name,
+            state,
+            memory: request.memory,
+            local: request.local,
+            replicas: request.replicas,
+            vcpus: request.vcpus,
+            accel: lock(&self.accel).clone(),
+            qemu_pid: running.as_ref().map(|r| r.qemu.pid),
+            pager_pid: running.as_ref().and_then(|r| r.pager.as_ref()).map(|p| p.pid),
+            console: paths.console_socket,
+            console_log: paths.console_log,
+            pager: pager.or_else(|| lock(&self.last_stats).clone()),
+            pager_restarts: restarts.count,
+            pager_pause_ms: restarts.pause.map(|pause| pause.as_secs_f64() * 1e3),
+            encrypted,
+            problem: lock(&self.problem).clone().or(fenced),
+        }
+    }
+}
