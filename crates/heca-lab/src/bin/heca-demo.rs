@@ -89,7 +89,7 @@ fn demo(interrupted: &AtomicBool) -> anyhow::Result<bool> {
 
     say("three hosts as network namespaces, joined by a bridge; an agent in each");
     let mut lab = Lab::new(3)?;
-    let offer = |size: &str| AgentOptions { offer: size.to_owned(), arguments: Vec::new() };
+    let offer = |size: &str| AgentOptions { offer: size.to_owned(), ..AgentOptions::default() };
     lab.host(1).start_agent(&AgentOptions::default())?;
     lab.host(2).start_agent(&offer("1G"))?;
     lab.host(3).start_agent(&offer("1G"))?;
