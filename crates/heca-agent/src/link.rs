@@ -91,6 +91,19 @@ pub enum LinkError {
     },
 }
 
+impl LinkError {
+    /// Whether the peer is gone from the other end of the connection, so that a new one may reach
+    /// it: unlike one that takes its time.
+    #[must_use]
+    pub fn is_lost_connection(&self) -> bool {
+        match self {
+            Self::Closed => true,
+            Self::Io(error) => error.kind() != io::ErrorKind::TimedOut,
+            _ => false,
+        }
+    }
+}
+
 /// A frame connection with buffers of its own.
 #[derive(Debug)]
 pub struct Link {

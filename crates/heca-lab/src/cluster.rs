@@ -314,10 +314,25 @@ impl Cluster {
         }
     }
 
-    /// Sends SIGKILL to the pager of the VM, and waits until another one serves.
+    /// Whether the guest goes on, right or wrong, and reads the console meanwhile.
+    pub fn goes_on(&mut self, bound: Duration) -> bool {
+        self.console.poll();
+        let verified = self.console.last().map_or(0, |sample| sample.verified_bytes);
+        let deadline = Instant::now() + bound;
+        while Instant::now() < deadline && self.qemu_lives() {
+            self.console.poll();
+            if self.console.last().is_some_and(|sample| sample.verified_bytes > verified) {
+                return true;
+            }
+            std::thread::sleep(LOOK);
+        }
+        false
+    }
+
+    /// Sends SIGKILL to the pager of the VM.
     ///
     /// # Errors
-    /// No other comes; see also [`Self::check_guest`].
+    /// There is none.
     pub fn kill_pager(&mut self) -> anyhow::Result<()> {
         let pid = self.pager_pid()?;
         let pid = rustix::process::Pid::from_raw(pid).context("no process")?;

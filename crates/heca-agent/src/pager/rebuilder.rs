@@ -81,7 +81,13 @@ impl Rebuilder {
 
     fn copy(&mut self, batch: &[PullJob]) -> Option<Vec<bool>> {
         let to = batch.first()?.to;
-        let outcome = self.ask(batch);
+        let known = self.links.contains_key(&to);
+        let mut outcome = self.ask(batch);
+        if known && outcome.as_ref().is_err_and(LinkError::is_lost_connection) {
+            // The target was started again since: that is no failure of the copy.
+            self.links.remove(&to);
+            outcome = self.ask(batch);
+        }
         if let Err(error) = &outcome {
             self.links.remove(&to);
             let target = self.remote.address(to);

@@ -110,21 +110,41 @@ impl Sources {
         if self.failed.contains_key(source) {
             return Err(unavailable(format!("the source {source} could not be reached just now")));
         }
-        let mut link = match self.links.remove(source) {
-            Some(link) => link,
-            None => connect_source(source, self.owner, &self.security).map_err(|error| {
-                self.failed.insert(source.to_owned(), Instant::now());
-                failed(&error)
-            })?,
-        };
         self.requests += 1;
-        let pages = read_from(&mut link, header, self.requests, wanted).map_err(|e| failed(&e))?;
+        let known = self.links.remove(source).map(|mut link| {
+            let pages = read_from(&mut link, header, self.requests, wanted);
+            (link, pages)
+        });
+        let (link, pages) = match known {
+            // The source was started again since: that is no failure of the pull.
+            Some((_, Err(error))) if error.is_lost_connection() => {
+                self.ask_anew(header, wanted, source)
+            }
+            Some((link, pages)) => pages.map(|pages| (link, pages)),
+            None => self.ask_anew(header, wanted, source),
+        }
+        .map_err(|error| failed(&error))?;
         if self.links.len() >= SPONSORS_MAX {
             // A region has no more sponsors than this: the others are of the past.
             self.links.clear();
         }
         self.links.insert(source.to_owned(), link);
         Ok(pages)
+    }
+
+    /// Reads pages from a source on a new connection.
+    fn ask_anew(
+        &mut self,
+        header: &Header,
+        wanted: &[PageEntry],
+        source: &str,
+    ) -> Result<(Link, Vec<Page>), LinkError> {
+        let connected = connect_source(source, self.owner, &self.security);
+        let mut link = connected.inspect_err(|_| {
+            self.failed.insert(source.to_owned(), Instant::now());
+        })?;
+        let pages = read_from(&mut link, header, self.requests, wanted)?;
+        Ok((link, pages))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use heca_lab::Cluster;
 use serde_json::{Value, json};
@@ -143,8 +143,7 @@ impl Report {
     /// Takes in the last figures.
     pub fn finish(&mut self, cluster: &mut Cluster, begun: Instant) {
         let _ = cluster.look();
-        self.guest_alive = cluster.qemu_lives()
-            && cluster.wait_for_progress(std::time::Duration::from_secs(20)).is_ok();
+        self.guest_alive = cluster.goes_on(Duration::from_secs(20));
         if let Some(last) = cluster.console().last() {
             (self.verified_bytes, self.wrong_bytes) = (last.verified_bytes, last.wrong_bytes);
         }
@@ -174,7 +173,7 @@ impl Report {
     }
 
     pub fn is_good(&self) -> bool {
-        self.guest_alive && self.wrong_bytes == 0 && self.problem.is_none()
+        self.guest_alive && self.wrong_bytes == 0 && self.lost_pages == 0 && self.problem.is_none()
     }
 
     fn by_kind(&self) -> BTreeMap<&'static str, Vec<&Outcome>> {
