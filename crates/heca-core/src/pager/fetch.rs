@@ -125,6 +125,7 @@ impl Pager {
         }
         if let Some((replica, true)) = self.best_replica(page) {
             self.counters.hedged_fetches += 1;
+            self.page(page).store = position.unwrap_or_default();
             self.ask_replica(page, replica, FetchClass::Demand, out);
         }
     }
@@ -202,9 +203,8 @@ impl Pager {
         if let Some(replica) = self.config.layout.replicas(page.extent()).position(sponsor) {
             let p = self.page(page);
             p.fetch &= !(1 << replica);
-            if p.fetch & 0xf != 0 {
-                self.counters.hedges_won += 1;
-            }
+            let won = p.fetch & 0xf != 0 && p.store != replica;
+            self.counters.hedges_won += u64::from(won);
         }
         if p.has(WANTED) || !p.has(PREFETCHED) {
             out.push(Action::Copy { page });

@@ -49,6 +49,7 @@ pub(super) struct Page {
     pub(super) state: State,
     pub(super) flags: u8,
     /// Storing: replicas that were sent the page (low half) and acknowledged it (high half).
+    /// Fetching, after a hedge: the replica that was asked first.
     pub(super) store: u8,
     /// Fetching: replicas asked that did not answer yet (low half) and that failed (high half).
     pub(super) fetch: u8,
