@@ -38,8 +38,8 @@ chaos: deps build ## Faults of every kind under a guest that verifies its memory
 bench: deps build ## Latency of remote faults beside its floors
 	target/release/heca bench fault
 
-sim: build ## A million steps of the pager in a simulated world
-	target/release/heca sim --seed 1 --ticks 1000000
+sim: build ## The state machines in a simulated world: every scenario, 2000 seeds each
+	target/release/heca sim --scenario all --seeds 1..2000
 
 fuzz: ## Fuzz every decoder, FUZZ_SECONDS each (needs nightly Rust and cargo-fuzz)
 	@cd fuzz && for target in $(FUZZ_TARGETS); do \
