@@ -83,6 +83,12 @@ pub enum LinkError {
         /// What came.
         found: Kind,
     },
+    /// The peer is a sponsor that is in use already, under another address.
+    #[error("it is the same sponsor as {other}")]
+    SameSponsor {
+        /// The other address.
+        other: String,
+    },
     /// The name does not resolve.
     #[error("`{address}` names no address; write HOST:PORT")]
     Address {

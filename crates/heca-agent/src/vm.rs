@@ -72,6 +72,8 @@ struct Vm {
     last_stats: Mutex<Option<PagerStats>>,
     record: Mutex<Option<Record>>,
     restarts: Mutex<Restarts>,
+    /// Held while a sponsor is added.
+    adding: tokio::sync::Mutex<()>,
     /// What pagers are started from.
     program: Arc<Mutex<PathBuf>>,
 }
@@ -142,6 +144,11 @@ impl VmManager {
         for entry in fs::read_dir(&self.run_dir).into_iter().flatten().flatten() {
             let dir = entry.path();
             let record = match fs::read(dir.join("vm.json")) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    let dir = dir.display();
+                    tracing::error!(%error, "the record of a VM in {dir} cannot be read: left alone");
+                    continue;
+                }
                 Err(_) => {
                     // It ended, or never began.
                     let _ = fs::remove_dir_all(&dir);
@@ -160,11 +167,20 @@ impl VmManager {
             };
             let vm = Arc::new(self.describe(&record.request));
             let pager =
-                record.pager.and_then(|(pid, time)| Process::adopt(pid, time)).map(Arc::new);
-            let Some(qemu) = Process::adopt(record.qemu.0, record.qemu.1) else {
-                vm.clean_up_runtime();
-                let _ = fs::remove_dir_all(&dir);
-                continue;
+                record.pager.and_then(|(pid, time)| Process::adopt(pid, time).ok().flatten());
+            let pager = pager.map(Arc::new);
+            let qemu = match Process::adopt(record.qemu.0, record.qemu.1) {
+                Ok(Some(qemu)) => qemu,
+                Ok(None) => {
+                    vm.clean_up_runtime();
+                    let _ = fs::remove_dir_all(&dir);
+                    continue;
+                }
+                Err(error) => {
+                    let dir = dir.display();
+                    tracing::error!(%error, "cannot tell whether the VM in {dir} runs: left alone");
+                    continue;
+                }
             };
             if record.pager.is_none() {
                 // The agent ended while it started this VM: the guest has not run yet.
@@ -199,6 +215,7 @@ impl VmManager {
             last_stats: Mutex::default(),
             record: Mutex::default(),
             restarts: Mutex::default(),
+            adding: tokio::sync::Mutex::default(),
             program: self.program.clone(),
         }
     }
@@ -255,6 +272,8 @@ impl VmManager {
     /// An unknown name, a sponsor that is known already, a pager that does not answer.
     pub async fn add_sponsor(&self, name: &str, sponsor: &SponsorAddress) -> Result<(), ApiError> {
         let vm = self.find(name)?;
+        // One at a time: the pager numbers sponsors as the record does.
+        let _adding = vm.adding.lock().await;
         let known =
             |record: &Record| record.config.sponsors.iter().any(|s| s.address == sponsor.address);
         let count = lock(&vm.record).as_ref().map_or(0, |record| record.config.sponsors.len());
@@ -270,8 +289,16 @@ impl VmManager {
             })?;
             lock(&vm.request).sponsors.push(sponsor.clone());
         }
-        let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/sponsors", sponsor).await;
-        answer.map_err(|error| pager_error(name, error))
+        // All of them, in order: an earlier attempt may not have reached the pager.
+        let all = lock(&vm.record).as_ref().map(|record| record.config.sponsors.clone());
+        for sponsor in all.unwrap_or_default() {
+            let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/sponsors", &sponsor).await;
+            match answer {
+                Err(heca_api::ClientError::Refused(error)) if error.code == "sponsor-known" => {}
+                answer => answer.map_err(|error| pager_error(name, error))?,
+            }
+        }
+        Ok(())
     }
 
     /// What pagers are started from.
@@ -443,7 +470,7 @@ impl VmManager {
         };
         vm.write_record(&record)?;
         let mut qmp = connect_qmp(vm, &qemu_process)?;
-        let pager = start_pager(vm, &config)?;
+        let pager = start_pager(vm, &config, |_| {})?;
         record.pager = Some(identity(&pager));
         *lock(&vm.running) = Some(Running { qemu: qemu_process, pager: Some(pager) });
         vm.write_record(&record)?;

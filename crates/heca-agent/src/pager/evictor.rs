@@ -179,6 +179,7 @@ impl Evictor {
                         if position >= self.lanes.len() {
                             self.lanes.resize_with(position + 1, || None);
                         }
+                        self.drop_lane(sponsor);
                         self.lanes[position] = Some(WriteLane::new(*link));
                     }
                     Job::LinkDown { sponsor } => self.drop_lane(sponsor),

@@ -230,7 +230,8 @@ impl Keeper {
         }
         let peer = self.remote.peer(self.position);
         match self.remote.open(self.position) {
-            Ok(((mut control, lanes), emptied)) => {
+            Ok(((mut control, lanes), emptied, store)) => {
+                self.remote.meet(self.position, store);
                 if emptied {
                     tracing::error!(sponsor = peer.address, "sponsor lost the pages it held");
                     self.remote.forget_losses(self.position);

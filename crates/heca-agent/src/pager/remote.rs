@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use heca_api::{ApiError, PagerStats, SponsorAddress, SponsorStats};
@@ -18,6 +18,8 @@ use super::start::{FENCED, STORED};
 use crate::link::{Link, LinkError, Security};
 
 pub(super) const TIMEOUT: Duration = Duration::from_millis(CONNECT_TIMEOUT_MS);
+/// Time that a pager which goes on where another ended spends on sponsors before it serves.
+const RESUME_TIME: Duration = Duration::from_secs(4);
 
 /// The data connections to one sponsor.
 #[derive(Debug)]
@@ -154,42 +156,42 @@ impl Remote {
             last_stats: Mutex::default(),
         }));
         let mut opened: Vec<Option<Connected>> = Vec::new();
-        let mut stores = Vec::new();
+        let begun = Instant::now();
         for position in 0..config.sponsors.len() as u8 {
             let peer = remote.peer(position);
-            // A newer owner is no reason to try again later.
-            let mut outcome = remote
-                .open(position)
-                .map_err(|error| (sponsor_error(&peer, &error), is_fenced(&error)));
-            let store = *lock(&peer.store);
-            if outcome.is_ok() && stores.contains(&store) {
-                let text =
-                    format!("sponsor {} is one of the others under another name", peer.address);
-                let hint = "replicas need sponsors of their own: name each host once";
-                outcome = Err((ApiError::new("same-sponsor", text).hint(hint), true));
-            }
+            // Pages wait for those that answer: their keepers go on with the others.
+            let late = config.resume && begun.elapsed() > RESUME_TIME;
+            let outcome = if late { Err(LinkError::Closed) } else { remote.open(position) };
             match outcome {
-                Ok((mut connected, emptied)) => {
+                Ok((mut connected, emptied, store)) => {
                     if config.resume {
                         let unneeded = remote.not_held(&peer);
                         if let Err(error) = remote.release(&mut connected.0, &peer, &unneeded) {
                             tracing::debug!("not released: {}", chain(&error));
                         }
                     }
-                    stores.push(store);
                     lock(&peer.status).up = !emptied;
+                    if !emptied {
+                        remote.meet(position, store);
+                    }
                     // One that lost its pages is introduced by its keeper, which says so.
                     opened.push((!emptied).then_some(connected));
                 }
-                Err((error, false)) if config.resume => {
+                // A newer owner is no reason to try again later.
+                Err(error) if config.resume && is_fenced(&error) => {
+                    remote.fence();
+                    let text = "the memory has a newer owner: this process must not go on with it";
+                    return Err(ApiError::new("fenced", text).detail(chain(&error)));
+                }
+                Err(error) if config.resume => {
                     let mut status = lock(&peer.status);
                     status.up = false;
-                    status.reason = Some(error.to_string());
+                    status.reason = Some(chain(&error));
                     opened.push(None);
                 }
-                Err((error, _)) => {
+                Err(error) => {
                     remote.close_regions(opened.into_iter().map(|o| o.map(|(c, _)| c)).collect());
-                    return Err(error);
+                    return Err(sponsor_error(&peer, &error));
                 }
             }
         }
@@ -261,11 +263,18 @@ impl Remote {
     }
 
     /// Connects to one sponsor, opens the region there, and returns the connections and whether
-    /// the sponsor lost pages that it held.
-    pub(super) fn open(&self, position: u8) -> Result<(Connected, bool), LinkError> {
+    /// the sponsor lost pages that it held. [`Self::meet`] has to follow once that was dealt with.
+    pub(super) fn open(&self, position: u8) -> Result<(Connected, bool, StoreId), LinkError> {
         let (config, peer) = (&self.0.config, self.peer(position));
         let connect = |role| Link::connect(&peer.address, role, config.owner, &self.0.security);
         let (mut control, hello) = connect(Role::Control)?;
+        // Before anything is asked of it: what is released for one would be gone for the other.
+        for (number, other) in self.peers().iter().enumerate() {
+            let same = *lock(&other.store) == Some(hello.store);
+            if number != usize::from(position) && same {
+                return Err(LinkError::SameSponsor { other: other.address.clone() });
+            }
+        }
         let idle = lock(&peer.extents).is_empty();
         // One that holds nothing may still have something from before, under an older epoch.
         let stored_pages =
@@ -275,14 +284,17 @@ impl Remote {
             prefetch: connect(Role::Prefetch)?.0,
             write_back: connect(Role::WriteBack)?.0,
         };
-        // Only now, when nothing can fail any more: a loss is told once.
-        let known = lock(&peer.store).replace(hello.store);
-        let new_store = known.is_some_and(|known| known != hello.store);
-        self.0.journal.set_store(position, hello.store.to_bytes());
+        let new_store = lock(&peer.store).is_some_and(|known| known != hello.store);
         let expected = peer.expects_pages.load(Ordering::Relaxed);
         let holds_some = !lock(&peer.extents).is_empty();
         let emptied = holds_some && (new_store || (stored_pages == 0 && expected));
-        Ok(((control, lanes), emptied))
+        Ok(((control, lanes), emptied, hello.store))
+    }
+
+    /// Remembers whose pages a sponsor has: should it come back as another one, it lost them.
+    pub(super) fn meet(&self, position: u8, store: StoreId) {
+        *lock(&self.peer(position).store) = Some(store);
+        self.0.journal.set_store(position, store.to_bytes());
     }
 
     /// The replica set of an extent changed. A sponsor that is away and lost its part in it is not
@@ -431,6 +443,11 @@ fn sponsor_error(peer: &Peer, error: &LinkError) -> ApiError {
             format!("sponsor {} refuses the region: {text}", peer.address),
         )
         .detail(status.to_string()),
+        LinkError::SameSponsor { other } => ApiError::new(
+            "same-sponsor",
+            format!("sponsor {} is {other} under another name", peer.address),
+        )
+        .hint("replicas need sponsors of their own: name each host once"),
         error => {
             ApiError::new("sponsor-unreachable", format!("sponsor {} cannot be used", peer.address))
                 .detail(chain(error))

@@ -128,7 +128,12 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
             })?;
         }
     }
-    let (remote, opened) = Remote::connect(&config, security, core.layout(), journal.clone())?;
+    let connected = Remote::connect(&config, security, core.layout(), journal.clone());
+    let (remote, opened) = connected.inspect_err(|error| {
+        if error.code == "fenced" {
+            stop_process(config.pid);
+        }
+    })?;
     let setup = Setup {
         config: &config,
         target,
@@ -153,6 +158,16 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
         }
         error
     })
+}
+
+/// What is still in local memory must not be changed in two places.
+fn stop_process(pid: i32) {
+    use rustix::process::{Signal, pidfd_send_signal};
+    let stopped = heca_sys::process::open_pidfd(pid)
+        .and_then(|pidfd| pidfd_send_signal(&pidfd, Signal::STOP).map_err(Into::into));
+    if let Err(error) = stopped {
+        tracing::error!(%error, pid, "the fenced process is not stopped");
+    }
 }
 
 /// A journal of a pager that ended while its process lives must not be overwritten.

@@ -108,7 +108,12 @@ fn tail(path: &Path) -> String {
     text.trim().to_owned()
 }
 
-pub(super) fn start_pager(vm: &Vm, config: &PagerConfig) -> Result<Arc<Process>, ApiError> {
+/// Starts a pager and waits until it serves. `started` is told of the process before that.
+pub(super) fn start_pager(
+    vm: &Vm,
+    config: &PagerConfig,
+    started: impl FnOnce(&Process),
+) -> Result<Arc<Process>, ApiError> {
     let program = super::lock(&vm.program).clone();
     let file = vm.dir.join("pager.json");
     let bytes = serde_json::to_vec(config).expect("plain data can be written as JSON");
@@ -122,6 +127,7 @@ pub(super) fn start_pager(vm: &Vm, config: &PagerConfig) -> Result<Arc<Process>,
     let process = Process::own(child)
         .map(Arc::new)
         .map_err(|error| io_error("watch", &vm.pager_socket(), &error))?;
+    started(&process);
     let (sender, receiver) = crossbeam_channel::bounded(1);
     std::thread::spawn(move || {
         let mut line = String::new();

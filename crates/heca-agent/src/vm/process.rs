@@ -47,10 +47,22 @@ impl Process {
         Ok(Self { pid, pidfd, child: Mutex::new(Some(child)) })
     }
 
-    pub(super) fn adopt(pid: i32, start_time: u64) -> Option<Self> {
-        let pidfd = heca_sys::process::open_pidfd(pid).ok()?;
-        let same = heca_sys::process::start_time(pid) == Some(start_time);
-        same.then_some(Self { pid, pidfd, child: Mutex::new(None) })
+    /// The process with this number and start time; `None` if it ended.
+    pub(super) fn adopt(pid: i32, start_time: u64) -> std::io::Result<Option<Self>> {
+        let pidfd = match heca_sys::process::open_pidfd(pid) {
+            Err(error) if error.raw_os_error() == Some(3) => return Ok(None),
+            other => other?,
+        };
+        match heca_sys::process::start_time(pid) {
+            Some(time) if time == start_time => {
+                Ok(Some(Self { pid, pidfd, child: Mutex::new(None) }))
+            }
+            Some(_) => Ok(None),
+            None if !std::path::Path::new(&format!("/proc/{pid}")).exists() => Ok(None),
+            None => {
+                Err(std::io::Error::other(format!("the state of process {pid} cannot be read")))
+            }
+        }
     }
 
     /// Waits for the end of the process, at most this long.

@@ -60,19 +60,22 @@ fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
             return;
         }
         record.config.resume = true;
-        match start_pager(vm, &record.config) {
+        // Should this agent end now, the next one knows of the pager.
+        let started = |pager: &Process| {
+            let started = identity(pager);
+            if let Err(error) = vm.change_record(|record| record.pager = Some(started)) {
+                tracing::error!(vm = name, "not written down: {error}");
+            }
+        };
+        match start_pager(vm, &record.config, started) {
             Ok(pager) => {
                 let pause = lost.elapsed();
-                let started = identity(&pager);
                 if let Some(running) = &mut *lock(&vm.running) {
                     running.pager = Some(pager);
                 } else {
                     // The VM was stopped meanwhile.
                     pager.kill();
                     return;
-                }
-                if let Err(error) = vm.change_record(|record| record.pager = Some(started)) {
-                    tracing::error!(vm = name, "not written down: {error}");
                 }
                 tracing::warn!(
                     vm = name,

@@ -167,6 +167,32 @@ impl Pager {
         self.settle(page);
     }
 
+    /// A sponsor came or went: where only replicas with gaps can be reached, they may lack what is
+    /// clean here. It is stored again before it is dropped.
+    pub(super) fn keep_local_copies(&mut self, sponsor: u8) {
+        for number in 0..self.stale.len() as u32 {
+            let extent = ExtentIndex(number);
+            let first = PageIndex(u64::from(number) * EXTENT_PAGES);
+            let up = self.up_mask(first);
+            let concerned = self.config.layout.replicas(extent).position(sponsor).is_some();
+            if !concerned || up == 0 || up & !self.stale[number as usize] != 0 {
+                continue;
+            }
+            for page in first.0..(first.0 + EXTENT_PAGES).min(self.config.pages) {
+                let page = PageIndex(page);
+                let p = self.page(page);
+                match p.state {
+                    State::Resident | State::Unmapping => p.flags |= DIRTY,
+                    State::Standby if !p.has(ZERO) => {
+                        self.standby.remove(&mut self.links, page.0);
+                        self.make_resident(page, DIRTY);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
     /// All that a sponsor held is gone: every one of its extents has a gap, and what is local is
     /// stored again before it is dropped. Reads still try the sponsor when nobody else is left,
     /// and learn from its answer that the page is lost.

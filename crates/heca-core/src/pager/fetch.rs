@@ -262,7 +262,9 @@ impl Pager {
     fn distrust(&mut self, page: PageIndex, replica: u8) {
         let extent = page.extent();
         let stale = self.stale[extent.0 as usize];
-        let others = self.up_mask(page) & !stale & !(1 << replica);
+        // One that is away counts: it is for the time when it is back.
+        let all = self.config.layout.replicas(extent).all();
+        let others = all & !stale & !(1 << replica);
         if stale >> replica & 1 == 0 && others != 0 {
             self.stale[extent.0 as usize] |= 1 << replica;
             self.changed.push(extent);

@@ -242,6 +242,7 @@ impl Pager {
             Event::SponsorDown { sponsor } => {
                 self.up &= !(1 << sponsor);
                 self.rebuild_lost(sponsor, out);
+                self.keep_local_copies(sponsor);
             }
             Event::SponsorUp { sponsor } => self.sponsor_up(sponsor, out),
             Event::SponsorEmptied { sponsor } => {
@@ -566,6 +567,7 @@ impl Pager {
         set_bit(&mut self.lost, sponsor, false);
         set_bit(&mut self.suspect, sponsor, false);
         self.look_for_rebuilds();
+        self.keep_local_copies(sponsor);
         // Each blocked fault gets one look; those that still find no sponsor queue up again.
         for _ in 0..self.blocked.len() {
             let Some(page) = self.blocked.pop(&mut self.links) else { return };

@@ -422,10 +422,10 @@ impl Pager {
         }
     }
 
-    /// Whether a replica beside this one has no gap.
+    /// Whether a replica beside this one has no gap, and can be reached.
     fn rest_is_complete(&self, extent: ExtentIndex, position: u8) -> bool {
-        let all = self.config.layout.replicas(extent).all();
-        all & !(1 << position) & !self.stale[extent.0 as usize] != 0
+        let up = Self::mask_of(self.config.layout.replicas(extent), self.up);
+        up & !(1 << position) & !self.stale[extent.0 as usize] != 0
     }
 
     /// A sponsor went away.

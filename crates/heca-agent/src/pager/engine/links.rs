@@ -167,8 +167,16 @@ impl Engine {
 
     /// A sponsor cannot be used any more: the machine hears that first, then what was lost.
     pub(super) fn lose(&mut self, sponsor: u8, reason: String) {
-        let Some(lanes) = self.lanes[usize::from(sponsor)].take() else { return };
-        tracing::warn!(sponsor = self.context.remote.address(sponsor), "sponsor lost: {reason}");
+        if self.drop_lanes(sponsor) {
+            let address = self.context.remote.address(sponsor);
+            tracing::warn!(sponsor = address, "sponsor lost: {reason}");
+            self.context.remote.mark_down(sponsor, reason);
+        }
+    }
+
+    /// Gives up the connections to a sponsor, if there are any, and what was asked on them.
+    fn drop_lanes(&mut self, sponsor: u8) -> bool {
+        let Some(lanes) = self.lanes[usize::from(sponsor)].take() else { return false };
         self.count_traffic(sponsor, &lanes);
         self.dispatch(Event::SponsorDown { sponsor }, None);
         let _ = self.jobs.send(Job::LinkDown { sponsor });
@@ -177,13 +185,15 @@ impl Engine {
             let error = FetchError::Lost;
             self.dispatch(Event::FetchFailed { page, sponsor, error }, None);
         }
-        self.context.remote.mark_down(sponsor, reason);
+        true
     }
 
     pub(super) fn gain(&mut self, sponsor: u8, lanes: Lanes, emptied: bool) {
         if self.fenced.is_some() {
             return;
         }
+        // The loss of what was there before was not told, or is still on its way.
+        self.drop_lanes(sponsor);
         let _ = self.jobs.send(Job::LinkUp { sponsor, link: Box::new(lanes.write_back) });
         let links = (lanes.demand, lanes.prefetch);
         self.lanes[usize::from(sponsor)] = Some(self.context.lanes(sponsor, links));

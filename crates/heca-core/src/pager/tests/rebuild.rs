@@ -158,3 +158,30 @@ fn a_fault_that_failed_by_a_passing_error_is_served_later() {
     }
     assert_eq!(world.access(3, None), Some(4));
 }
+
+#[test]
+fn what_only_an_absent_replica_has_is_stored_again_before_it_is_dropped() {
+    let mut world = filled(2, 2);
+    // Sponsor 1 misses writes; pages come back clean from sponsor 0.
+    take_down(&mut world, 1);
+    for page in 0..1500 {
+        world.access(page, Some(page + 1));
+    }
+    for page in 0..100 {
+        world.access(page, None);
+    }
+    // The only complete one goes, the one with gaps is there.
+    world.up[1] = true;
+    world.run(Event::SponsorDown { sponsor: 0 });
+    world.up[0] = false;
+    world.run(Event::SponsorUp { sponsor: 1 });
+    let local: Vec<u64> =
+        (0..2000).filter(|&page| world.local[page as usize].content.is_some()).collect();
+    assert!(!local.is_empty());
+    for page in 2000..2900 {
+        world.access(page, Some(1));
+    }
+    for page in local {
+        assert_eq!(world.access(page, None), Some(page + 1), "page {page}");
+    }
+}
