@@ -119,9 +119,6 @@ impl World {
             Ok(reply) => Note { event: Event::Fetched { page, version, sponsor: name }, reply },
             Err(error) => {
                 self.oracle.failed[slot] |= 1 << name;
-                if error != FetchError::Refused {
-                    self.nodes[sponsor].accused[page.extent().0 as usize] = true;
-                }
                 Event::FetchFailed { page, sponsor: name, error }.into()
             }
         }

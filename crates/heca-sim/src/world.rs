@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use heca_core::invariants::PG_5;
-use heca_core::pager::{Action, Config, Event, Mutation, Pager, Protection};
+use heca_core::pager::{Action, Config, Event, FetchError, Mutation, Pager, Protection};
 use heca_core::placement::{Layout, ReplicaSet};
 use heca_types::limits::EXTENT_PAGES;
 use heca_types::{Epoch, ExtentIndex, PageIndex, PageVersion};
@@ -382,6 +382,11 @@ impl World {
             return Ok(());
         }
         self.hear(note.event);
+        if let Event::FetchFailed { page, sponsor, error } = note.event
+            && matches!(error, FetchError::Absent | FetchError::Corrupt)
+        {
+            self.nodes[usize::from(sponsor)].accused[page.extent().0 as usize] = true;
+        }
         let mut queue = VecDeque::new();
         self.step(note.event, &mut queue)?;
         let mut done = 0;
