@@ -27,7 +27,7 @@ pub(crate) struct Journal {
     /// Record of each extent.
     pub(crate) extents: Vec<u64>,
     /// The page that is being written into the RAM file.
-    filling: Option<usize>,
+    pub(crate) filling: Option<usize>,
 }
 
 impl Journal {

@@ -16,7 +16,9 @@ const REBUILD_TICKS: u64 = 200_000;
 impl World {
     /// Whether nobody needs a sponsor for the page.
     pub(crate) fn is_local(&self, slot: usize) -> bool {
-        self.kernel.frame(slot).content.is_some() || !self.journal.dropped[slot]
+        // What is torn goes as soon as somebody looks.
+        let torn = self.journal.filling == Some(slot);
+        self.kernel.frame(slot).content.is_some() && !torn || !self.journal.dropped[slot]
     }
 
     fn slots_of(&self, extent: ExtentIndex) -> std::ops::Range<usize> {
