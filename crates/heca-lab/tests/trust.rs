@@ -214,6 +214,31 @@ fn a_sponsor_that_is_added_takes_the_place_of_one_that_leaves() {
     handle.finish();
 }
 
+#[test]
+fn a_sponsor_under_another_name_is_refused_and_loses_nothing() {
+    let bench = Bench::new("alias", 2);
+    let mut target = Target::start(&bench.ram());
+    let config = bench.config(target.pid(), 2, EvictionChoice::Auto);
+    let handle = start(&config);
+    assert_eq!(target.hammer(800, 1)["wrong"], 0);
+    let port = config.sponsors[0].address.rsplit(':').next().unwrap().to_owned();
+    let alias = SponsorAddress { address: format!("localhost:{port}"), weight: 1 };
+    handle.add_sponsor(&alias).unwrap();
+    let stats = wait_for(&handle, "refusal", |stats| {
+        let reason = stats.sponsors[2].down_reason.as_deref().unwrap_or_default();
+        reason.contains("the same sponsor as")
+    });
+    assert!(!stats.sponsors[2].up && stats.sponsors[..2].iter().all(|s| s.up));
+    // The first name still has everything, alone.
+    bench.sponsors[1].as_ref().unwrap().store().set_draining(true).unwrap();
+    assert_eq!(target.hammer(800, 2)["wrong"], 0);
+    let stats = handle.stats().unwrap();
+    assert_eq!((stats.gauges.degraded_extents, stats.counters.poisoned_pages), (0, 0));
+    assert_eq!(stats.sponsors[2].extents, 0, "two replicas on one host are one");
+    drop(target);
+    handle.finish();
+}
+
 /// State letter of a process.
 fn process_state(pid: i32) -> char {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
