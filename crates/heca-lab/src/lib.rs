@@ -12,6 +12,7 @@ mod guest;
 mod host;
 mod net;
 mod pool;
+mod signals;
 
 pub use cluster::{Cluster, ClusterOptions, Look};
 pub use console::{Console, Sample};
@@ -19,3 +20,4 @@ pub use guest::{GuestImage, find_kernel};
 pub use host::{AgentOptions, Host, heca_binary};
 pub use net::Lab;
 pub use pool::LabPool;
+pub use signals::catch_signals;

@@ -38,7 +38,7 @@ fn say(text: &str) {
 
 fn main() -> ExitCode {
     let interrupted = Arc::new(AtomicBool::new(false));
-    match catch_signals(&interrupted).and_then(|()| demo(&interrupted)) {
+    match heca_lab::catch_signals(&interrupted).and_then(|()| demo(&interrupted)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -46,29 +46,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Ctrl-C ends the demo at its next step, with everything taken down.
-fn catch_signals(interrupted: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    let interrupted = interrupted.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (ready, is_ready) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            use tokio::signal::unix::{SignalKind, signal};
-            let signals = signal(SignalKind::interrupt())
-                .and_then(|interrupt| Ok((interrupt, signal(SignalKind::terminate())?)));
-            let Ok((mut interrupt, mut terminate)) = signals else { return };
-            let _ = ready.send(());
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-            eprintln!("interrupted: taking everything down");
-            interrupted.store(true, Ordering::Relaxed);
-        });
-    });
-    Ok(is_ready.recv()?)
 }
 
 fn target_dir() -> PathBuf {
