@@ -129,6 +129,26 @@ fn a_killed_pager_is_replaced_with_the_ring_too() {
     kill_pagers_under(EvictionChoice::Uring, "uring", false);
 }
 
+#[test]
+fn a_sponsor_that_was_added_holds_nothing_for_the_next_pager_either() {
+    let bench = Bench::new("added", 3);
+    let mut target = Target::start(&bench.ram());
+    let mut config = bench.config(target.pid(), 2, EvictionChoice::Auto);
+    let spare = SponsorAddress { weight: 100, ..config.sponsors.pop().unwrap() };
+    let mut pager = PagerProcess::start(config, &bench.dir);
+    assert_eq!(target.hammer(800, 1)["wrong"], 0);
+    let client = Client::new(&bench.dir.join("pager.sock"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let () = runtime.block_on(client.post("/v1/sponsors", &spare)).unwrap();
+    // A layout made anew would prefer the one that was added.
+    pager.config.sponsors.push(spare);
+    pager.replace();
+    assert_eq!(target.hammer(800, 2)["wrong"], 0);
+    let stats = pager.stats();
+    let extents: Vec<u32> = stats.sponsors.iter().map(|s| s.extents).collect();
+    assert_eq!((extents, stats.gauges.degraded_extents), (vec![1, 1, 0], 0));
+}
+
 /// Waits until the pager says so.
 fn wait_for(handle: &PagerHandle, what: &str, done: impl Fn(&PagerStats) -> bool) -> PagerStats {
     let deadline = Instant::now() + Duration::from_secs(30);

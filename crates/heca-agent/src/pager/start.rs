@@ -120,12 +120,16 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
         prefetch: config.prefetch,
         mutation: None,
     });
-    if config.resume {
-        for extent in (0..extents).map(ExtentIndex) {
+    // All of them from the beginning: a sponsor that is added later changes how the layout of a
+    // later start comes out.
+    for extent in (0..extents).map(ExtentIndex) {
+        if config.resume {
             core.adopt_extent(extent, journal.extent(extent.0)).map_err(|error| {
                 ApiError::new("bad-journal", "the former pager's journal is damaged")
                     .detail(error.to_string())
             })?;
+        } else {
+            journal.set_extent(extent.0, core.extent_record(extent));
         }
     }
     let connected = Remote::connect(&config, security, core.layout(), journal.clone());

@@ -24,9 +24,12 @@ impl Engine {
             let Some(mut lanes) = self.lanes[sponsor].take() else { continue };
             let id = sponsor as u8;
             let mut outcome = Ok(());
-            for lane in [&mut lanes.demand, &mut lanes.prefetch] {
+            for (lane, class) in [
+                (&mut lanes.demand, FetchClass::Demand),
+                (&mut lanes.prefetch, FetchClass::Prefetch),
+            ] {
                 if lane.is_waiting() && outcome.is_ok() {
-                    match lane.receive(|asked, answer| self.take_page(id, asked, answer)) {
+                    match lane.receive(|asked, answer| self.take_page(id, class, asked, answer)) {
                         Ok(any) => {
                             busy |= any;
                             if any {
@@ -140,14 +143,17 @@ impl Engine {
         self.lanes.iter().enumerate().filter_map(due).min()
     }
 
-    fn take_page(&mut self, sponsor: u8, asked: Asked, answer: Answer<'_>) {
+    fn take_page(&mut self, sponsor: u8, class: FetchClass, asked: Asked, answer: Answer<'_>) {
         let page = asked.page;
         match answer {
             Ok(bytes) => {
                 let arrived = Instant::now();
                 let seen = self.seen.get(&page).copied();
                 let version = asked.version;
-                self.hedge.sample(sponsor, (arrived - asked.sent).as_secs_f64() * 1e6);
+                if class == FetchClass::Demand {
+                    // Bulk takes longer by nature, and is not what hedges are for.
+                    self.hedge.sample(sponsor, (arrived - asked.sent).as_secs_f64() * 1e6);
+                }
                 self.dispatch(Event::Fetched { page, version, sponsor }, Some(bytes));
                 let traffic = &self.traffic[usize::from(sponsor)];
                 traffic.pages_fetched.fetch_add(1, Ordering::Relaxed);
