@@ -5,10 +5,15 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod migrate;
 mod stats;
 mod vm;
 
 pub use client::{Client, ClientError};
+pub use migrate::{
+    DowntimeParts, MIGRATION_PORT, MigrateRequest, MigrationInfo, MigrationMode, MigrationPhase,
+    MigrationReport, default_downtime_ms,
+};
 pub use stats::{Latency, PagerStats, Quantiles, Rates, SponsorStats};
 pub use vm::{
     AccelChoice, AgentInfo, ApiError, Boot, Drain, EvictionChoice, Network, PagerState, Resize,

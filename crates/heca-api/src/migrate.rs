@@ -1,0 +1,210 @@
+//! Live migration: what is asked for, how far it is, what it cost.
+
+use std::str::FromStr;
+
+use heca_types::ByteSize;
+use serde::{Deserialize, Serialize};
+
+use crate::vm::ApiError;
+
+/// Port that an agent takes in VMs on, if an address names none.
+pub const MIGRATION_PORT: u16 = 7902;
+
+/// How a VM's memory gets to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationMode {
+    /// A bounded pre-copy of local pages, then post-copy.
+    #[default]
+    Hybrid,
+    /// Switch at once; pages follow.
+    Postcopy,
+    /// Rounds of dirty pages until the rest fits the downtime; nothing follows the switch.
+    Precopy,
+    /// QEMU's own pre-copy.
+    QemuPrecopy,
+    /// QEMU's own post-copy.
+    QemuPostcopy,
+    /// QEMU's own post-copy with a channel of its own for the pages that the guest waits for.
+    QemuPostcopyPreempt,
+}
+
+impl MigrationMode {
+    /// Every mode.
+    pub const ALL: [Self; 6] = [
+        Self::Hybrid,
+        Self::Postcopy,
+        Self::Precopy,
+        Self::QemuPrecopy,
+        Self::QemuPostcopy,
+        Self::QemuPostcopyPreempt,
+    ];
+
+    /// Name on the command line and in results.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Hybrid => "hybrid",
+            Self::Postcopy => "postcopy",
+            Self::Precopy => "precopy",
+            Self::QemuPrecopy => "qemu-precopy",
+            Self::QemuPostcopy => "qemu-postcopy",
+            Self::QemuPostcopyPreempt => "qemu-postcopy-preempt",
+        }
+    }
+
+    /// Whether QEMU moves the memory.
+    #[must_use]
+    pub const fn is_qemu(self) -> bool {
+        matches!(self, Self::QemuPrecopy | Self::QemuPostcopy | Self::QemuPostcopyPreempt)
+    }
+
+    /// Whether pages may follow the switch.
+    #[must_use]
+    pub const fn is_postcopy(self) -> bool {
+        !matches!(self, Self::Precopy | Self::QemuPrecopy)
+    }
+}
+
+impl FromStr for MigrationMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL.into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|mode| mode.name()).collect();
+            format!("`{text}`: choose one of {}", names.join(", "))
+        })
+    }
+}
+
+/// A migration to begin.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// Where the target's agent takes in VMs: `HOST` or `HOST:PORT`.
+    pub to: String,
+    /// How memory gets there.
+    #[serde(default)]
+    pub mode: MigrationMode,
+    /// Longest time that the guest should stand still, in milliseconds: pre-copy goes on until the
+    /// rest fits into it.
+    #[serde(default = "default_downtime_ms")]
+    pub max_downtime_ms: u64,
+    /// Bound of what is sent, in bytes a second.
+    #[serde(default)]
+    pub bandwidth: Option<ByteSize>,
+    /// Keep every page in two places until done: what is local goes to the sponsors, not to the
+    /// target, so that not even the end of the source's host after the switch loses a page.
+    #[serde(default)]
+    pub safe: bool,
+}
+
+/// Default of [`MigrateRequest::max_downtime_ms`].
+#[must_use]
+pub fn default_downtime_ms() -> u64 {
+    50
+}
+
+/// How far a migration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationPhase {
+    /// The target gets ready; the guest runs here.
+    Preparing,
+    /// Pages are copied while the guest runs here.
+    Copying,
+    /// The guest stands still.
+    Switching,
+    /// The guest runs on the target; pages follow.
+    Following,
+    /// All is done; nothing is left here.
+    Completed,
+    /// It came to nothing; the guest runs here as before.
+    Failed,
+    /// As `Failed`, because somebody asked for it.
+    Cancelled,
+    /// The right to run was given to the target, and whether it got it is not known: the guest is
+    /// held here until the target answers.
+    Unconfirmed,
+}
+
+impl MigrationPhase {
+    /// Whether nothing will happen any more.
+    #[must_use]
+    pub const fn is_over(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// A migration, as the source's agent knows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MigrationInfo {
+    /// The VM.
+    pub name: String,
+    /// Where to.
+    pub to: String,
+    /// How.
+    pub mode: MigrationMode,
+    /// How far.
+    pub phase: MigrationPhase,
+    /// Time since it began, in seconds; up to its end once that came.
+    pub elapsed_s: f64,
+    /// Bytes of guest memory that were local here when it began.
+    pub resident_bytes: u64,
+    /// Bytes of guest memory that are still to come, as far as known.
+    pub remaining_bytes: u64,
+    /// What was measured so far.
+    pub report: MigrationReport,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ApiError>,
+}
+
+/// What a migration cost.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// Passes of pre-copy over the guest's memory.
+    pub rounds: u32,
+    /// Pages sent by the source's pager, duplicates included.
+    pub pages_sent: u64,
+    /// Pages sent after the switch.
+    pub pages_sent_after: u64,
+    /// Different pages among those.
+    pub pages_unique_after: u64,
+    /// Pages of zeros that were named, not sent.
+    pub zero_pages: u64,
+    /// Pages that the target's guest waited for.
+    pub demand_pages: u64,
+    /// Bytes of memory on the wire between the two hosts, frames and lists included.
+    pub memory_bytes: u64,
+    /// Bytes of device state, and of what else QEMU sent.
+    pub device_state_bytes: u64,
+    /// Time from the guest's last instruction on the source to its first on the target, in
+    /// milliseconds, as the two agents saw it; none before the switch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_ms: Option<f64>,
+    /// Its parts, in milliseconds.
+    #[serde(default)]
+    pub parts_ms: DowntimeParts,
+    /// What QEMU calls the downtime, in milliseconds (its own modes only).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu_downtime_ms: Option<f64>,
+    /// Time from the beginning until the source was needed no longer, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_s: Option<f64>,
+}
+
+/// Where the downtime went, in milliseconds. Some parts overlap.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DowntimeParts {
+    /// QEMU stopped the guest and drained its devices.
+    pub stop: f64,
+    /// The last scan for dirty pages, and the list to the target.
+    pub final_scan: f64,
+    /// Device state saved, sent and loaded; overlaps with the final scan.
+    pub device_state: f64,
+    /// The target takes over: commit, sponsors, epoch.
+    pub takeover: f64,
+    /// The target's QEMU started the guest.
+    pub resume: f64,
+}
