@@ -55,5 +55,20 @@ pub const RB_2: Invariant = Invariant {
     text: "once faults heal, every extent gets back its number of complete replicas",
 };
 
+/// A VM runs once.
+pub const MG_1: Invariant =
+    Invariant { id: "MG-1", text: "never do two hosts have the right to run a VM" };
+/// A VM is not lost on its way.
+pub const MG_2: Invariant = Invariant {
+    id: "MG-2",
+    text: "once faults heal, exactly one of source and target runs the VM",
+};
+/// Nothing is sent twice.
+pub const MG_3: Invariant = Invariant {
+    id: "MG-3",
+    text: "after the switch a page is taken from the source once, before the guest can see it",
+};
+
 /// Every invariant.
-pub const ALL: [Invariant; 11] = [PG_1, PG_2, PG_3, PG_4, PG_5, PG_6, EP_1, PL_1, PL_2, RB_1, RB_2];
+pub const ALL: [Invariant; 14] =
+    [PG_1, PG_2, PG_3, PG_4, PG_5, PG_6, EP_1, PL_1, PL_2, RB_1, RB_2, MG_1, MG_2, MG_3];

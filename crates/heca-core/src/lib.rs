@@ -5,12 +5,14 @@
 //! in the deterministic simulation.
 //!
 //! - [`pager`]: states of a region's pages; faults, fetches, eviction, prefetch.
+//! - [`handover`]: who may run a VM that moves, and what is told of its memory.
 //! - [`hedge`]: when a read is asked of a second replica.
 //! - [`sponsor`]: who may use which region; epochs, leases, quotas, page versions.
 //! - [`placement`]: which sponsors hold which extents.
 //! - [`invariants`]: the properties that must hold, each with its id.
 #![forbid(unsafe_code)]
 
+pub mod handover;
 pub mod hedge;
 pub mod invariants;
 pub mod pager;

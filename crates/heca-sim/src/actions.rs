@@ -76,7 +76,10 @@ impl World {
                 self.send(to, PULLS, Request::Pull { slot, version, from, attempt });
                 None
             }
-            Action::Extent { .. } | Action::Hold { .. } | Action::Release { .. } => None,
+            Action::Extent { .. }
+            | Action::Hold { .. }
+            | Action::Release { .. }
+            | Action::Demand { .. } => None,
         })
     }
 
@@ -139,6 +142,7 @@ pub(crate) fn event_page(event: Event) -> Option<PageIndex> {
         | Event::Stored { page, .. }
         | Event::StoreFailed { page, .. }
         | Event::Pulled { page, .. }
+        | Event::Arrived { page }
         | Event::Punched { page, .. } => Some(page),
         Event::SponsorDown { .. }
         | Event::SponsorUp { .. }
@@ -150,6 +154,9 @@ pub(crate) fn event_page(event: Event) -> Option<PageIndex> {
         | Event::Held { .. }
         | Event::SetBudget { .. }
         | Event::Restore
+        | Event::SourceBack
+        | Event::Flush { .. }
+        | Event::Freeze { .. }
         | Event::Work
         | Event::Tick => None,
     }
@@ -167,6 +174,7 @@ pub(crate) fn action_page(action: Action) -> Option<PageIndex> {
         | Action::Poison { page }
         | Action::Unmap { page, .. }
         | Action::Pull { page, .. }
+        | Action::Demand { page }
         | Action::Punch { page, .. } => Some(page),
         Action::Extent { .. } | Action::Hold { .. } | Action::Release { .. } => None,
     }

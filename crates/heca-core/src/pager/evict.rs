@@ -28,6 +28,9 @@ impl Pager {
     /// Keeps free frames between the water marks: drops standby pages when free frames are few,
     /// and unmaps further pages when free and standby frames together are few.
     pub(super) fn balance(&mut self, out: &mut Vec<Action>) {
+        if self.frozen {
+            return;
+        }
         let usable = if self.starved { 0 } else { self.free_frames() };
         let free = usable + self.punching as i64;
         if free < self.reserve_low() as i64 {
@@ -51,10 +54,11 @@ impl Pager {
         let in_flight = self.unmapping + self.storing;
         let supply = self.free_frames() + (self.punching + in_flight + self.standby.len()) as i64;
         let target = (self.reserve_high() + self.standby_target()) as i64;
-        let missing = target - supply;
+        let missing = if self.flushing { self.active.len() as i64 } else { target - supply };
         let in_flight_room = EVICT_PAGES_IN_FLIGHT_MAX as u64 - in_flight.min(512);
         // Half-empty batches cost as much as full ones.
-        if missing < EVICT_BATCH_PAGES as i64 / 2 || in_flight_room < EVICT_BATCH_PAGES as u64 {
+        let worth_it = missing >= EVICT_BATCH_PAGES as i64 / 2 || (self.flushing && missing > 0);
+        if !worth_it || in_flight_room < EVICT_BATCH_PAGES as u64 {
             return;
         }
         for _ in 0..missing.min(EVICT_BATCH_PAGES as i64) {
@@ -227,6 +231,7 @@ impl Pager {
             | State::Punching
             | State::Remote
             | State::Fetching
+            | State::Behind
             | State::Poisoned => {}
         }
     }

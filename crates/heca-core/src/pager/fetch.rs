@@ -290,6 +290,7 @@ impl Pager {
     pub(super) fn prefetch(&mut self, page: PageIndex, out: &mut Vec<Action>) {
         let p = *self.page(page);
         let room = !self.starved
+            && !self.frozen
             && self.free_frames() > self.reserve_low() as i64
             && self.prefetching < PREFETCH_PAGES_IN_FLIGHT_MAX as u64;
         if p.state == State::Remote && !p.has(WANTED) && room && self.up_mask(page) != 0 {

@@ -21,6 +21,8 @@ pub(super) enum State {
     Remote,
     Fetching,
     Poisoned,
+    /// With the region's former owner.
+    Behind,
 }
 
 /// Ticks before the first look for extents to rebuild.
@@ -116,6 +118,11 @@ pub struct Pager {
     pub(super) remote: u64,
     pub(super) untouched: u64,
     pub(super) poisoned: u64,
+    pub(super) behind: u64,
+    /// The region is being handed over.
+    pub(super) frozen: bool,
+    /// Everything is to be stored and kept.
+    pub(super) flushing: bool,
     pub(super) streams: Streams,
     pub(super) restore_next: Option<u64>,
     pub(super) counters: Counters,
@@ -166,6 +173,9 @@ impl Pager {
             remote: 0,
             untouched: pages,
             poisoned: 0,
+            behind: 0,
+            frozen: false,
+            flushing: false,
             streams: Streams::new(),
             restore_next: None,
             counters: Counters::default(),
@@ -198,6 +208,7 @@ impl Pager {
             stalled_faults: self.stalled.len(),
             blocked_faults: self.blocked.len(),
             poisoned_pages: self.poisoned,
+            behind_pages: self.behind,
             extents: u64::from(self.config.layout.len()),
             degraded_extents,
             leaving_extents,
@@ -280,6 +291,10 @@ impl Pager {
                 self.config.budget_pages = u64::MAX / 4;
                 self.restore_next = Some(0);
             }
+            Event::Arrived { page } => self.arrived(page, out),
+            Event::SourceBack => self.demand_again(out),
+            Event::Flush { on } => self.flushing = on,
+            Event::Freeze { on } => self.frozen = on,
             Event::Work => self.rebuild_more(out),
             Event::Tick => {
                 self.starved = false;
@@ -313,7 +328,9 @@ impl Pager {
     }
 
     fn may_take_frame(&self) -> bool {
-        self.free_frames() > 0 || self.config.mutation == Some(Mutation::IgnoreBudget)
+        self.free_frames() > 0
+            || self.frozen
+            || self.config.mutation == Some(Mutation::IgnoreBudget)
     }
 
     fn fault(&mut self, page: PageIndex, kind: FaultKind, out: &mut Vec<Action>) {
@@ -352,6 +369,7 @@ impl Pager {
                     self.ask(page, FetchClass::Demand, out);
                 }
             }
+            State::Behind => self.want_behind(page, out),
             State::Poisoned => out.push(Action::Poison { page }),
         }
     }

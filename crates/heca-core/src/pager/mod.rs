@@ -24,6 +24,10 @@
 //! since their unmapping was verified. Any touch before that cancels the eviction. A late result of
 //! a cancelled attempt is told from a current one by the version, which rises at each attempt.
 //!
+//! A region that was handed over by another owner has pages that are `Behind`: they are still in the
+//! former owner's memory. A fault there asks for the page (`Demand`); `Arrived` makes it `Resident`.
+//! They hold their frames from the beginning. See [`Pager::holding`] for the former owner's side.
+//!
 //! Contract with the caller:
 //! - install actions (`Copy`, `Fill`, `Zero`, `Continue`, `Unprotect`) are carried out at once and
 //!   answered with `Installed` before any other event; `Copy` and `Fill` use the reply that the
@@ -36,6 +40,7 @@
 
 mod evict;
 mod fetch;
+mod handover;
 mod list;
 mod machine;
 mod rebuild;
@@ -47,6 +52,7 @@ mod tests;
 use heca_types::{ExtentIndex, PageIndex, PageVersion};
 use serde::{Deserialize, Serialize};
 
+pub use handover::Holding;
 pub use machine::Pager;
 pub use recover::BadRecord;
 
@@ -341,6 +347,25 @@ pub enum Event {
     },
     /// Bring every page back to local memory, to let the owner go on without a pager.
     Restore,
+    /// A page that was behind is in the RAM file now, in full. It may be mapped already.
+    Arrived {
+        /// The page.
+        page: PageIndex,
+    },
+    /// The connection to the region's former owner is back: ask again for the pages that threads
+    /// wait for.
+    SourceBack,
+    /// Store everything that is local and keep it in local memory, unmapped, or stop to.
+    Flush {
+        /// Whether to from now on.
+        on: bool,
+    },
+    /// The region is being handed over: nothing is taken from the guest and nothing is stored, and
+    /// the budget does not bind, until this is lifted.
+    Freeze {
+        /// Whether to from now on.
+        on: bool,
+    },
     /// Time passed: retry what waits for memory, look for extents to rebuild.
     Tick,
     /// There is time to go on with a rebuild; see [`Pager::has_work`].
@@ -394,6 +419,11 @@ pub enum Action {
     },
     /// Lift synchronous write protection and wake (`UFFDIO_WRITEPROTECT`).
     Unprotect {
+        /// The page.
+        page: PageIndex,
+    },
+    /// Ask the region's former owner for a page that is behind.
+    Demand {
         /// The page.
         page: PageIndex,
     },
@@ -505,6 +535,10 @@ pub struct Counters {
     pub rebuilt_extents: u64,
     pub moved_extents: u64,
     pub rebuild_failures: u64,
+    #[serde(default)]
+    pub behind_demands: u64,
+    #[serde(default)]
+    pub behind_arrived: u64,
 }
 
 /// Where the region's pages are now, in pages.
@@ -530,6 +564,9 @@ pub struct Gauges {
     pub blocked_faults: u64,
     /// Pages whose content is lost.
     pub poisoned_pages: u64,
+    /// Pages that are still with the region's former owner.
+    #[serde(default)]
+    pub behind_pages: u64,
     /// Extents of the region.
     pub extents: u64,
     /// Extents with a replica that is away or incomplete.

@@ -128,6 +128,7 @@ impl Pager {
     #[must_use]
     pub fn has_work(&self) -> bool {
         self.restore_next.is_none()
+            && !self.frozen
             && match &self.rebuild {
                 Some(r) => {
                     r.copying
@@ -141,6 +142,10 @@ impl Pager {
     /// Starts or goes on with the work, a bounded part of it. Only to be called while no install
     /// is outstanding.
     pub(super) fn rebuild_more(&mut self, out: &mut Vec<Action>) {
+        // The next owner was told, or is about to be, who holds what.
+        if self.frozen {
+            return;
+        }
         if self.restore_next.is_some() {
             self.abort_rebuild(out);
             return;
@@ -195,6 +200,8 @@ impl Pager {
                 }
                 // Sent to the target, or taken back when it is seen that it was not.
                 State::Storing | State::Poisoned => continue,
+                // Dirty when it arrives.
+                State::Behind => continue,
                 // All zeros, whatever sponsors have.
                 State::Untouched => continue,
                 _ if p.version == 0 => continue,
