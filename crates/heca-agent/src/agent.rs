@@ -1,5 +1,6 @@
 //! The host daemon.
 
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::link::Security;
+use crate::migrate;
 use crate::pressure;
 use crate::rest;
 use crate::sponsor::SponsorServer;
@@ -44,6 +46,8 @@ pub struct AgentConfig {
     pub keep_free: ByteSize,
     /// How pagers of this host deal with sponsors that fail.
     pub failover: Failover,
+    /// Where VMs of other hosts are taken in, if anywhere.
+    pub migration_listen: Option<String>,
 }
 
 /// Times and bounds of failover and rebuild.
@@ -71,7 +75,8 @@ impl Default for Failover {
 #[derive(Debug)]
 pub struct Agent {
     sponsor: Option<SponsorServer>,
-    vms: VmManager,
+    vms: Arc<VmManager>,
+    migration: Option<SocketAddr>,
     security: Security,
     upgrade: tokio::sync::Notify,
 }
@@ -112,9 +117,15 @@ impl Agent {
         Ok(())
     }
 
+    /// Where VMs of other hosts are taken in.
+    #[must_use]
+    pub fn migration_address(&self) -> Option<SocketAddr> {
+        self.migration
+    }
+
     /// The host's VMs.
     #[must_use]
-    pub fn vms(&self) -> &VmManager {
+    pub fn vms(&self) -> &Arc<VmManager> {
         &self.vms
     }
 }
@@ -225,9 +236,18 @@ pub async fn run(config: AgentConfig) -> anyhow::Result<()> {
     if let Security::Tls(tls) = &security {
         keep_identity(tls.clone(), config.identity.clone().unwrap_or_default());
     }
-    let vms = VmManager::new(&config)?;
+    let vms = VmManager::new(&config, security.clone())?;
+    let migration = match &config.migration_listen {
+        Some(address) => {
+            let bound = migrate::listener::start(address, vms.clone(), security.clone())
+                .with_context(|| format!("take in VMs on {address}"))?;
+            tracing::info!(address = %bound, "taking in VMs of other hosts");
+            Some(bound)
+        }
+        None => None,
+    };
     let upgrade = tokio::sync::Notify::new();
-    let agent = Arc::new(Agent { sponsor, vms, security, upgrade });
+    let agent = Arc::new(Agent { sponsor, vms, migration, security, upgrade });
     let listener =
         UnixListener::bind(&socket).with_context(|| format!("listen on {}", socket.display()))?;
     let _removed = Removed(socket.clone());

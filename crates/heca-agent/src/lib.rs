@@ -11,6 +11,7 @@ pub mod fuzz;
 pub mod latency;
 pub mod link;
 pub mod metrics;
+mod migrate;
 pub mod pager;
 pub mod pressure;
 pub mod rest;

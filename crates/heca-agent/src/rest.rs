@@ -8,7 +8,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use heca_api::{
-    AgentInfo, ApiError, Drain, Resize, SponsorAddress, Stop, Upgrade, VmInfo, VmRequest,
+    AgentInfo, ApiError, Drain, MigrateRequest, MigrationInfo, Resize, ResolveMigration,
+    SponsorAddress, Stop, Upgrade, VmInfo, VmRequest,
 };
 use heca_types::ByteSize;
 
@@ -27,7 +28,7 @@ impl From<ApiError> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = match self.0.code.as_str() {
-            "no-such-vm" => StatusCode::NOT_FOUND,
+            "no-such-vm" | "no-migration" => StatusCode::NOT_FOUND,
             "name-taken" => StatusCode::CONFLICT,
             "internal" => StatusCode::INTERNAL_SERVER_ERROR,
             _ => StatusCode::UNPROCESSABLE_ENTITY,
@@ -47,6 +48,10 @@ pub fn routes(agent: Shared) -> Router {
         .route("/v1/vms/{name}/stop", post(stop))
         .route("/v1/vms/{name}/resize", post(resize))
         .route("/v1/vms/{name}/sponsors", post(add_sponsor))
+        .route("/v1/vms/{name}/migrate", post(migrate))
+        .route("/v1/vms/{name}/migration", get(migration))
+        .route("/v1/vms/{name}/migration/cancel", post(cancel_migration))
+        .route("/v1/vms/{name}/migration/resolve", post(resolve_migration))
         .route("/v1/drain", post(drain))
         .route("/v1/upgrade", post(upgrade))
         .route("/metrics", get(metrics))
@@ -84,6 +89,7 @@ async fn info(State(agent): State<Shared>) -> Json<AgentInfo> {
         draining: agent.sponsor().is_some_and(|server| server.store().is_draining()),
         pressed: agent.sponsor().is_some_and(|server| server.store().is_pressed()),
         host: agent.host_name(),
+        migration: agent.migration_address().map(|address| address.to_string()),
     })
 }
 
@@ -138,6 +144,36 @@ async fn add_sponsor(
 ) -> Result<Json<VmInfo>, Failure> {
     agent.vms().add_sponsor(&name, &sponsor).await?;
     Ok(Json(agent.vms().info(&name).await?))
+}
+
+async fn migrate(
+    State(agent): State<Shared>,
+    Path(name): Path<String>,
+    Json(request): Json<MigrateRequest>,
+) -> Result<Json<MigrationInfo>, Failure> {
+    blocking(move || agent.vms().migrate(&name, &request)).await
+}
+
+async fn migration(
+    State(agent): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<MigrationInfo>, Failure> {
+    Ok(Json(agent.vms().migration(&name)?))
+}
+
+async fn cancel_migration(
+    State(agent): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<Json<MigrationInfo>, Failure> {
+    blocking(move || agent.vms().cancel_migration(&name)).await
+}
+
+async fn resolve_migration(
+    State(agent): State<Shared>,
+    Path(name): Path<String>,
+    Json(resolve): Json<ResolveMigration>,
+) -> Result<Json<()>, Failure> {
+    blocking(move || agent.vms().resolve_migration(&name, resolve.run_here)).await
 }
 
 async fn drain(

@@ -329,6 +329,10 @@ fn greet(link: &mut Link, store: &Store, last: &mut Instant) -> Result<(OwnerId,
     if hello.version_min > VERSION_MAX || hello.version_max < VERSION_MIN {
         return Err(DecodeError::Version { version: hello.version_min }.into());
     }
+    if !hello.role.is_for_sponsors() {
+        let what = "this port serves pages; VMs move by the agent's --migration-listen";
+        return Err(DecodeError::Field { kind: header.kind, what }.into());
+    }
     let usage = store.usage();
     let ack = HelloAck {
         version: hello.version_max.min(VERSION_MAX),

@@ -1,11 +1,14 @@
 //! Life cycle of the VMs of a host.
 
+mod arrive;
 mod launch;
+mod leave;
 mod process;
+mod qemu;
 mod state;
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -16,18 +19,24 @@ use std::time::{Duration, Instant};
 use heca_api::{
     AccelChoice, ApiError, Client, PagerStats, Resize, SponsorAddress, VmInfo, VmRequest, VmState,
 };
+use heca_types::OwnerId;
 use heca_types::limits::SPONSORS_MAX;
-use heca_types::{Epoch, OwnerId, RegionId};
 use heca_vmm::command_line::VmSpec;
 use heca_vmm::host;
 use heca_vmm::qmp::Qmp;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::agent::{AgentConfig, Failover};
+use crate::link::Security;
 use crate::pager::{PagerConfig, check_budget};
 use crate::seal::SealKey;
 
+pub(crate) use arrive::Arrival;
+pub(crate) use leave::Leave;
+
 use launch::{connect_qmp, spec_of, start_pager, start_qemu};
+use leave::Handover;
 use process::{Process, identity};
 use watch::{end, watch};
 
@@ -49,6 +58,12 @@ struct Record {
     pager: Option<(i32, u64)>,
     /// For the next pager, should this one end.
     config: PagerConfig,
+    /// It comes from another host and may not run here yet.
+    #[serde(default)]
+    incoming: Option<Uuid>,
+    /// It goes to another host, and the right to run may be there.
+    #[serde(default)]
+    handover: Option<Handover>,
 }
 
 #[derive(Debug)]
@@ -76,6 +91,10 @@ struct Vm {
     adding: tokio::sync::Mutex<()>,
     /// What pagers are started from.
     program: Arc<Mutex<PathBuf>>,
+    /// Its last move to another host, or the one under way.
+    leave: Mutex<Option<Arc<Leave>>>,
+    /// What an operator decided about a move whose target is silent: whether it runs here.
+    resolution: Mutex<Option<bool>>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -96,6 +115,13 @@ pub struct VmManager {
     failover: Failover,
     program: Arc<Mutex<PathBuf>>,
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
+    security: Security,
+    /// VMs on their way here.
+    arrivals: Mutex<HashMap<Uuid, Arc<Arrival>>>,
+    /// What is written down about VMs that came.
+    arrived_dir: PathBuf,
+    /// The last move of each VM from here, also of those that are gone.
+    leaves: Mutex<BTreeMap<String, Arc<Leave>>>,
     /// Set when the agent ends: no VM is started any more.
     closing: AtomicBool,
 }
@@ -122,8 +148,8 @@ impl VmManager {
     ///
     /// # Errors
     /// Directories that cannot be made, or guest RAM not on tmpfs.
-    pub fn new(config: &AgentConfig) -> anyhow::Result<Self> {
-        let manager = Self {
+    pub fn new(config: &AgentConfig, security: Security) -> anyhow::Result<Arc<Self>> {
+        let manager = Arc::new(Self {
             run_dir: config.run_dir.join("vms"),
             memory_dir: config.memory_dir.clone(),
             spin: config.spin,
@@ -133,14 +159,18 @@ impl VmManager {
             failover: config.failover,
             program: Arc::new(Mutex::new(std::env::current_exe()?)),
             vms: Mutex::default(),
+            security,
+            arrivals: Mutex::default(),
+            arrived_dir: config.run_dir.join("arrived"),
+            leaves: Mutex::default(),
             closing: AtomicBool::new(false),
-        };
+        });
         fs::create_dir_all(&manager.run_dir)?;
         manager.adopt_all();
         Ok(manager)
     }
 
-    fn adopt_all(&self) {
+    fn adopt_all(self: &Arc<Self>) {
         for entry in fs::read_dir(&self.run_dir).into_iter().flatten().flatten() {
             let dir = entry.path();
             let record = match fs::read(dir.join("vm.json")) {
@@ -182,9 +212,15 @@ impl VmManager {
                     continue;
                 }
             };
-            if record.pager.is_none() {
-                // The agent ended while it started this VM: the guest has not run yet.
+            if record.incoming.is_some()
+                || (record.pager.is_none() && record.config.import.is_none())
+            {
+                // The agent ended while it started this VM, or while it was about to come: the guest
+                // has not run here yet.
                 qemu.kill();
+                if let Some(pager) = &pager {
+                    pager.kill();
+                }
                 vm.clean_up_runtime();
                 let _ = fs::remove_dir_all(&dir);
                 continue;
@@ -196,7 +232,13 @@ impl VmManager {
             *lock(&vm.state) = if pager.is_some() { VmState::Running } else { VmState::PagerLost };
             *lock(&vm.qmp) = Qmp::connect(&vm.paths().qmp_socket, QMP_TIMEOUT).ok();
             *lock(&vm.running) = Some(Running { qemu: Arc::new(qemu), pager });
+            if record.handover.is_some() {
+                *lock(&vm.state) = VmState::Leaving;
+            }
             watch(&vm);
+            if let Some(handover) = &record.handover {
+                self.adopt_leave(&vm, handover);
+            }
             lock(&self.vms).insert(record.request.name, vm);
         }
     }
@@ -217,6 +259,8 @@ impl VmManager {
             restarts: Mutex::default(),
             adding: tokio::sync::Mutex::default(),
             program: self.program.clone(),
+            leave: Mutex::default(),
+            resolution: Mutex::default(),
         }
     }
 
@@ -238,7 +282,7 @@ impl VmManager {
         let vm = self.find(name)?;
         let stats = match *lock(&vm.state) {
             VmState::Running | VmState::Starting => Some(vm.pager_socket()),
-            VmState::PagerLost | VmState::Stopped => None,
+            VmState::PagerLost | VmState::Arriving | VmState::Leaving | VmState::Stopped => None,
         };
         let stats = match stats {
             Some(socket) => {
@@ -358,23 +402,7 @@ impl VmManager {
         *lock(&vm.accel) = format!("{accel:?}").to_lowercase();
         // From before anybody can find the VM: whoever stops it waits for this.
         let starting = lock(&vm.starting);
-        {
-            let mut vms = lock(&self.vms);
-            let taken = vms
-                .get(&request.name)
-                .is_some_and(|known| !matches!(*lock(&known.state), VmState::Stopped));
-            if taken {
-                return Err(ApiError::new(
-                    "name-taken",
-                    format!("a VM `{}` exists on this host already", request.name),
-                )
-                .hint(format!(
-                    "stop it with `heca vm stop {}`, or choose another name",
-                    request.name
-                )));
-            }
-            vms.insert(request.name.clone(), vm.clone());
-        }
+        self.claim_name(&vm)?;
         if let Err(error) = self.start(&vm, request, &spec, &qemu) {
             vm.kill_all();
             self.forget(&vm);
@@ -385,6 +413,53 @@ impl VmManager {
         watch(&vm);
         drop(starting);
         Ok(())
+    }
+
+    fn claim_name(&self, vm: &Arc<Vm>) -> Result<(), ApiError> {
+        let name = lock(&vm.request).name.clone();
+        let mut vms = lock(&self.vms);
+        let known = vms.get(&name);
+        if known.is_some_and(|known| !matches!(*lock(&known.state), VmState::Stopped)) {
+            return Err(ApiError::new(
+                "name-taken",
+                format!("a VM `{name}` exists on this host already"),
+            )
+            .hint(format!("stop it with `heca vm stop {name}`, or choose another name")));
+        }
+        vms.insert(name, vm.clone());
+        Ok(())
+    }
+
+    /// Settings of a VM's pager, for a region of its own.
+    fn pager_config(&self, vm: &Vm, request: &VmRequest, pid: i32) -> PagerConfig {
+        PagerConfig {
+            name: request.name.clone(),
+            owner: self.owner,
+            replicas: request.replicas,
+            eviction: request.eviction,
+            prefetch: request.prefetch,
+            lease_ms: self.lease_ms,
+            spin_us: self.spin.as_micros() as u64,
+            identity: self.identity.clone(),
+            seal_key: request.encrypt.then(|| vm.seal_key()),
+            detect_ms: self.failover.detect_ms,
+            rebuild_after_ms: self.failover.rebuild_after_ms,
+            rebuild_bytes_per_s: self.failover.rebuild_bytes_per_s,
+            ..PagerConfig::new(pid, vm.ram_file.clone(), request.local, request.sponsors.clone())
+        }
+    }
+
+    /// Removes a VM that runs on another host now: its memory is that one's.
+    fn remove_left(&self, vm: &Arc<Vm>) {
+        if let Some(running) = lock(&vm.running).take() {
+            // The pager first: it would give the region back.
+            if let Some(pager) = &running.pager {
+                pager.kill();
+            }
+            running.qemu.kill();
+        }
+        end(vm);
+        self.forget(vm);
     }
 
     /// Removes a VM that has ended, with its files, unless its name is in use again.
@@ -440,37 +515,19 @@ impl VmManager {
                 .map_err(|error| io_error("write", &vm.seal_key(), &error))?;
         }
 
-        let config = PagerConfig {
-            name: request.name.clone(),
-            pid: qemu_process.pid,
-            ram_file: paths.ram_file,
-            region: RegionId::random(),
-            owner: self.owner,
-            epoch: Epoch(1),
-            local: request.local,
-            replicas: request.replicas,
-            sponsors: request.sponsors.clone(),
-            eviction: request.eviction,
-            prefetch: request.prefetch,
-            lease_ms: self.lease_ms,
-            spin_us: self.spin.as_micros() as u64,
-            resume: false,
-            identity: self.identity.clone(),
-            seal_key: request.encrypt.then(|| vm.seal_key()),
-            detect_ms: self.failover.detect_ms,
-            rebuild_after_ms: self.failover.rebuild_after_ms,
-            rebuild_bytes_per_s: self.failover.rebuild_bytes_per_s,
-        };
+        let config = self.pager_config(vm, request, qemu_process.pid);
         let mut record = Record {
             request: request.clone(),
             accel: lock(&vm.accel).clone(),
             qemu: identity(&qemu_process),
             pager: None,
             config: config.clone(),
+            incoming: None,
+            handover: None,
         };
         vm.write_record(&record)?;
         let mut qmp = connect_qmp(vm, &qemu_process)?;
-        let pager = start_pager(vm, &config, |_| {})?;
+        let (pager, _) = start_pager(vm, &config, |_| {})?;
         record.pager = Some(identity(&pager));
         *lock(&vm.running) = Some(Running { qemu: qemu_process, pager: Some(pager) });
         vm.write_record(&record)?;
@@ -488,6 +545,7 @@ impl VmManager {
     /// An unknown name.
     pub fn stop(&self, name: &str, grace_ms: u64) -> Result<VmInfo, ApiError> {
         let vm = self.find(name)?;
+        self.refuse_if_moving(&vm, name)?;
         let _starting = lock(&vm.starting);
         let qemu = lock(&vm.running).as_ref().map(|running| running.qemu.clone());
         if let Some(qemu) = qemu {
@@ -512,9 +570,29 @@ impl VmManager {
         Ok(info)
     }
 
+    /// A VM that is about to move is kept first; one that was handed over is not ours to stop.
+    fn refuse_if_moving(&self, vm: &Vm, name: &str) -> Result<(), ApiError> {
+        match *lock(&vm.state) {
+            VmState::Leaving => {
+                return Err(ApiError::new("moves", format!("`{name}` was handed to another host"))
+                    .hint(format!("`heca vm migration {name}` tells where it is")));
+            }
+            VmState::Arriving => {
+                return Err(ApiError::new("moves", format!("`{name}` is about to come"))
+                    .hint("cancel its migration on the host where it runs"));
+            }
+            _ => {}
+        }
+        if !vm.is_at_home() {
+            let _ = self.cancel_migration(name)?;
+        }
+        Ok(())
+    }
+
     /// Stops all VMs at once, and lets no new one start.
-    pub fn stop_all(&self) {
+    pub fn stop_all(self: &Arc<Self>) {
         self.closing.store(true, Ordering::SeqCst);
+        self.drop_arrivals();
         for name in self.names() {
             let _ = self.stop(&name, 0);
         }

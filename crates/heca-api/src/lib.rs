@@ -11,8 +11,9 @@ mod vm;
 
 pub use client::{Client, ClientError};
 pub use migrate::{
-    DowntimeParts, MIGRATION_PORT, MigrateRequest, MigrationInfo, MigrationMode, MigrationPhase,
-    MigrationReport, default_downtime_ms,
+    DowntimeParts, ExportInfo, ExportRequest, ExportStage, Flush, ImportInfo, Look, MIGRATION_PORT,
+    MigrateRequest, MigrationInfo, MigrationMode, MigrationPhase, MigrationReport, Release,
+    ResolveMigration, Written, default_downtime_ms,
 };
 pub use stats::{Latency, PagerStats, Quantiles, Rates, SponsorStats};
 pub use vm::{

@@ -208,3 +208,105 @@ pub struct DowntimeParts {
     /// The target's QEMU started the guest.
     pub resume: f64,
 }
+
+/// Says where a VM goes on whose target will never answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveMigration {
+    /// Here: it does not run on the target. Else it does, and is to be forgotten here.
+    pub run_here: bool,
+}
+
+/// How far the memory of a VM that moves is, as the source's pager knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExportStage {
+    /// Pages are sent while the guest runs here.
+    Copying,
+    /// The target was told of every page; what is behind is sent.
+    Switched,
+    /// The target has everything.
+    Done,
+    /// The connection broke before the switch, or the VM stays.
+    Failed,
+}
+
+/// Figures of the memory of a VM that moves, from the source's pager. Counts are of pages.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportInfo {
+    /// How far.
+    pub stage: ExportStage,
+    /// What is wrong, if something is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Waiting to be sent before the switch.
+    pub queued_pages: u64,
+    /// Behind, and not sent yet.
+    pub behind_pages: u64,
+    /// Sent, over all.
+    pub pages_sent: u64,
+    /// Of these, pages of zeros, which were only named.
+    pub zero_pages: u64,
+    /// Sent since the switch.
+    pub pages_sent_after: u64,
+    /// Behind at the switch.
+    pub pages_unique_after: u64,
+    /// Sent because the target's guest waited for them.
+    pub demand_pages: u64,
+    /// Bytes on the wire, of all connections between the two pagers.
+    pub bytes: u64,
+    /// Time that the switch took in the pager, in microseconds.
+    pub switched_us: u64,
+}
+
+/// Begins to send a VM's memory to the pager of its next host; from the agent to its pager.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportRequest {
+    /// Where that pager listens.
+    pub address: String,
+    /// What this one names itself by.
+    pub ticket: heca_types::OwnerId,
+    /// Bound of what is sent, in bytes a second.
+    pub bytes_per_s: Option<u64>,
+}
+
+/// How far the memory of a VM that comes is, as the target's pager knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportInfo {
+    /// Pages received so far.
+    pub received_pages: u64,
+    /// Pages that are behind; none before the source told of every page.
+    pub behind_pages: Option<u64>,
+    /// Whether the source is needed no longer.
+    pub done: bool,
+    /// Whether the connection broke before the switch, or the switch failed.
+    pub failed: bool,
+}
+
+/// Has a pager store everything that is local on the sponsors and keep it here, or stop to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flush {
+    /// Whether to from now on.
+    pub on: bool,
+}
+
+/// Has a pager look for pages that were written since the last time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Look {
+    /// Whether what the target lacks is to be sent.
+    pub send: bool,
+}
+
+/// Answer to [`Look`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Pages that were written.
+    pub pages: u64,
+}
+
+/// Has a pager send what is behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Whether the target waits for that before its guest runs.
+    pub at_once: bool,
+}

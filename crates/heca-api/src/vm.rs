@@ -187,6 +187,10 @@ pub enum VmState {
     /// The pager is gone, and a new one is being started: until then the guest stands still at
     /// its next fault. Nothing is lost.
     PagerLost,
+    /// It comes from another host, where it still runs.
+    Arriving,
+    /// It was handed over to another host; what is left here goes away by itself.
+    Leaving,
     /// QEMU ended.
     Stopped,
 }
@@ -227,6 +231,9 @@ pub struct VmInfo {
     /// Whether pages are sealed before they leave.
     #[serde(default)]
     pub encrypted: bool,
+    /// How far its last move to another host came; none if there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<crate::migrate::MigrationPhase>,
     /// What went wrong, if something did.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub problem: Option<String>,
@@ -252,8 +259,12 @@ pub struct Stop {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "state")]
 pub enum PagerState {
-    /// It serves faults.
-    Ready,
+    /// It serves faults, or waits for the memory of a VM that comes.
+    Ready {
+        /// Where it listens for the pager of the VM's former host.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        listens: Option<String>,
+    },
     /// It could not begin.
     Failed {
         /// Why, and what to do.
@@ -287,6 +298,9 @@ pub struct AgentInfo {
     /// Name in the pool; none without TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
+    /// Where VMs of other hosts are taken in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<String>,
 }
 
 /// Empties a sponsor, or stops to.

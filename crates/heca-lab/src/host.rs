@@ -37,10 +37,10 @@ const PORT: u16 = 7900;
 /// The directory that cargo builds into.
 pub(crate) fn target_dir() -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe()?;
-    // target/PROFILE/program, or target/PROFILE/deps/test.
+    // target/PROFILE/program, or target/PROFILE/deps/test. Cargo tags only a directory that it made.
     program
         .ancestors()
-        .find(|dir| dir.join("CACHEDIR.TAG").exists())
+        .find(|dir| [".rustc_info.json", "CACHEDIR.TAG"].iter().any(|f| dir.join(f).exists()))
         .map(Path::to_owned)
         .context("not run from cargo's target directory")
 }

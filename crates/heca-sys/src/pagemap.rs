@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -10,10 +11,32 @@ use heca_types::limits::PAGE_BYTES;
 const PRESENT: u64 = 1 << 63;
 const UFFD_WP: u64 = 1 << 57;
 
-/// `PAGE_IS_WRITTEN | PAGE_IS_PRESENT` of `PAGEMAP_SCAN`.
-const WRITTEN_AND_PRESENT: u64 = 1 << 1 | 1 << 3;
+const PAGE: u64 = PAGE_BYTES as u64;
+/// `PAGE_IS_WRITTEN`, `PAGE_IS_PRESENT` and `PAGE_IS_SWAPPED` of `PAGEMAP_SCAN`.
+const WRITTEN: u64 = 1 << 1;
+const PAGE_PRESENT: u64 = 1 << 3;
+const SWAPPED: u64 = 1 << 4;
+/// `PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC`.
+const PROTECT_AGAIN: u64 = 1 << 0 | 1 << 1;
 /// Regions that one scan may report.
-const SCAN_REGIONS: usize = 512;
+const SCAN_REGIONS: usize = 2048;
+
+/// What one scan looks for.
+struct Scan {
+    flags: u64,
+    inverted: u64,
+    all_of: u64,
+    any_of: u64,
+}
+
+impl Scan {
+    const WRITTEN: Self = Self { flags: 0, inverted: 0, all_of: WRITTEN | PAGE_PRESENT, any_of: 0 };
+    const TAKE_WRITTEN: Self = Self { flags: PROTECT_AGAIN, ..Self::WRITTEN };
+    /// An entry that is there, or the marker that the protection left where the mapping was zapped
+    /// (which counts as swapped). An empty entry counts as not written, too, and proves nothing.
+    const PROTECTED: Self =
+        Self { flags: 0, inverted: WRITTEN, all_of: WRITTEN, any_of: PAGE_PRESENT | SWAPPED };
+}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -102,38 +125,70 @@ impl Pagemap {
     /// # Errors
     /// Those of `PAGEMAP_SCAN` (Linux 6.7).
     pub fn count_written(&self, start: u64, end: u64) -> io::Result<u64> {
-        let mut regions = [ScanRegion { start: 0, end: 0, categories: 0 }; SCAN_REGIONS];
-        let (mut from, mut pages) = (start, 0);
-        loop {
+        let mut pages = 0;
+        self.scan(Scan::WRITTEN, start..end, |run| pages += (run.end - run.start) / PAGE)?;
+        Ok(pages)
+    }
+
+    /// Names the mapped pages between two addresses that were written since they were
+    /// write-protected last, and protects them anew, each page in one atomic step: a write that
+    /// comes later is found by the next call. Needs a userfaultfd with `WP_ASYNC` on the range.
+    ///
+    /// # Errors
+    /// As [`Self::count_written`]; `EPERM` where the range has no such userfaultfd.
+    pub fn take_written(&self, range: Range<u64>, found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        self.scan(Scan::TAKE_WRITTEN, range, found)
+    }
+
+    /// Names the pages between two addresses of which the page map shows that they were not
+    /// written since they were write-protected last, mapped or not. What is not named may have
+    /// been written.
+    ///
+    /// # Errors
+    /// As [`Self::count_written`].
+    pub fn protected(&self, range: Range<u64>, found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        self.scan(Scan::PROTECTED, range, found)
+    }
+
+    fn scan(
+        &self,
+        scan: Scan,
+        range: Range<u64>,
+        mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        let mut regions = vec![ScanRegion { start: 0, end: 0, categories: 0 }; SCAN_REGIONS];
+        let mut from = range.start;
+        while from < range.end {
             let mut argument = ScanArg {
                 size: size_of::<ScanArg>() as u64,
-                flags: 0,
+                flags: scan.flags,
                 start: from,
-                end,
+                end: range.end,
                 walk_end: 0,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: SCAN_REGIONS as u64,
                 max_pages: 0,
-                category_inverted: 0,
-                category_mask: WRITTEN_AND_PRESENT,
-                category_anyof_mask: 0,
-                return_mask: WRITTEN_AND_PRESENT,
+                category_inverted: scan.inverted,
+                category_mask: scan.all_of,
+                category_anyof_mask: scan.any_of,
+                return_mask: scan.all_of | scan.any_of,
             };
             // SAFETY: the argument has the layout of the kernel's header and points to an array of
             // the length that it states; both live through the call.
-            let found =
+            let count =
                 unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
-            if found < 0 {
+            if count < 0 {
                 return Err(io::Error::last_os_error());
             }
-            let found = &regions[..found as usize];
-            pages += found.iter().map(|r| (r.end - r.start) / PAGE_BYTES as u64).sum::<u64>();
+            let some = &regions[..count as usize];
+            some.iter().for_each(|region| found(region.start..region.end));
             // The end of the walk that the kernel reports is not to be relied on with many regions.
-            match found.last() {
-                Some(last) if found.len() == SCAN_REGIONS => from = last.end,
-                _ => return Ok(pages),
+            match some.last() {
+                Some(last) if some.len() == SCAN_REGIONS => from = last.end,
+                _ => return Ok(()),
             }
         }
+        Ok(())
     }
 }
 
@@ -144,7 +199,7 @@ mod tests {
 
     #[test]
     fn every_touched_page_of_an_unprotected_mapping_counts_as_written() {
-        const PAGES: usize = 2000;
+        const PAGES: usize = 5000;
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let file = File::from(rustix::fs::memfd_create("test", flags).expect("memfd"));
         file.set_len((PAGES * PAGE_BYTES) as u64).expect("length");
@@ -154,5 +209,46 @@ mod tests {
         let pagemap = Pagemap::open(std::process::id() as i32).expect("own page map");
         let end = map.address() + (PAGES * PAGE_BYTES) as u64;
         assert_eq!(pagemap.count_written(map.address(), end).expect("scan"), PAGES as u64 / 2);
+    }
+
+    #[test]
+    fn writes_are_found_once_and_what_shows_no_mark_is_not_called_clean() {
+        use crate::uffd::{Features, Modes, Userfaultfd};
+        const PAGES: usize = 64;
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("test", flags).expect("memfd"));
+        file.set_len((PAGES * PAGE_BYTES) as u64).expect("length");
+        let map = SharedMap::new(&file, PAGES * PAGE_BYTES).expect("map");
+        let uffd = Userfaultfd::of_this_process().expect("userfaultfd");
+        let features =
+            Features::WP_HUGETLBFS_SHMEM.union(Features::WP_UNPOPULATED).union(Features::WP_ASYNC);
+        uffd.enable(features).expect("features");
+        let (start, end) = (map.address(), map.address() + (PAGES * PAGE_BYTES) as u64);
+        uffd.register(start, end - start, Modes::WP).expect("register");
+        let touch = |page: usize, value| map.store(page * PAGE_BYTES / 8, value);
+        (0..8).for_each(|page| touch(page, 1));
+        let pagemap = Pagemap::open(std::process::id() as i32).expect("own page map");
+        let written = || {
+            let mut pages = Vec::new();
+            let number = |address: u64| (address - start) / PAGE;
+            pagemap
+                .take_written(start..end, |run| pages.extend(number(run.start)..number(run.end)))
+                .expect("scan");
+            pages
+        };
+        assert_eq!(written(), (0..8).collect::<Vec<_>>());
+        touch(3, 2);
+        assert_eq!(written(), [3]);
+        assert_eq!(written(), []);
+        touch(5, 2);
+        // Zapped: 1 and 2 were not written since (the mark outlives the mapping), 6 is read again.
+        map.unmap_pages(PAGE_BYTES, 2 * PAGE_BYTES).expect("unmap");
+        let mut clean = Vec::new();
+        pagemap
+            .protected(start..end, |run| {
+                clean.extend((run.start - start) / PAGE..(run.end - start) / PAGE);
+            })
+            .expect("scan");
+        assert_eq!(clean, [0, 1, 2, 3, 4, 6, 7], "8 and later were never there");
     }
 }

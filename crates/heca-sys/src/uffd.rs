@@ -227,6 +227,14 @@ impl Userfaultfd {
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd as i32) } })
     }
 
+    /// A duplicate of the descriptor.
+    ///
+    /// # Errors
+    /// Those of `dup`.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { fd: self.fd.try_clone()? })
+    }
+
     /// The features that this kernel has, asked on a descriptor of its own.
     ///
     /// # Errors
@@ -323,6 +331,17 @@ impl Userfaultfd {
     /// See [`ResolveError`].
     pub fn map_present(&self, address: u64, protect: bool) -> Result<(), ResolveError> {
         self.range_mode(0x07, address, PAGE_BYTES as u64, u64::from(protect) << 1)
+    }
+
+    /// Maps neighbouring pages that are in the page cache, writable, and wakes. Stops at the first
+    /// one that it cannot map, and returns how many bytes before it are mapped now, and why it
+    /// stopped.
+    pub fn map_run(&self, address: u64, len: u64) -> (u64, Result<(), ResolveError>) {
+        let range = RangeArg { start: address, len };
+        let mut argument = RangeModeArg { range, mode: 0, done: 0 };
+        let outcome = self.ioctl(ioc(IOWR, 0x07, size_of::<RangeModeArg>()), &mut argument);
+        // With an error for the first page the kernel puts that there, as a negative number.
+        (argument.done.max(0) as u64, outcome.map_err(classify))
     }
 
     /// Gives every access to one page a memory error.

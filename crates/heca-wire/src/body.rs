@@ -25,13 +25,41 @@ pub enum Role {
     WriteBack = 3,
     /// Copies of pages from sponsor to sponsor, and the orders to make them.
     Rebuild = 4,
+    /// Between the pagers of a VM that moves: lists, and what is behind.
+    Handover = 5,
+    /// Between the pagers of a VM that moves: pages that the guest waits for.
+    HandoverDemand = 6,
+    /// Between the pagers of a VM that moves: all other pages.
+    HandoverBulk = 7,
+    /// Between the agents of a VM that moves: what is asked and agreed.
+    Migration = 8,
+    /// Between the agents of a VM that moves: QEMU's stream.
+    DeviceState = 9,
 }
 
 impl Role {
     fn from_code(code: u16) -> Option<Self> {
-        [Self::Control, Self::Demand, Self::Prefetch, Self::WriteBack, Self::Rebuild]
-            .get(usize::from(code))
-            .copied()
+        Self::ALL.get(usize::from(code)).copied()
+    }
+
+    const ALL: [Self; 10] = [
+        Self::Control,
+        Self::Demand,
+        Self::Prefetch,
+        Self::WriteBack,
+        Self::Rebuild,
+        Self::Handover,
+        Self::HandoverDemand,
+        Self::HandoverBulk,
+        Self::Migration,
+        Self::DeviceState,
+    ];
+
+    /// Whether a sponsor has anything to do with such a connection. The others are between hosts
+    /// that a VM moves between.
+    #[must_use]
+    pub const fn is_for_sponsors(self) -> bool {
+        (self as u16) < Self::Handover as u16
     }
 }
 
@@ -229,6 +257,8 @@ pub enum Body<'a> {
     Pages(PageList<'a>),
     /// `Error`
     Error(&'a str),
+    /// `Blob`
+    Blob(&'a [u8]),
     /// Kinds without payload.
     Empty,
 }
@@ -285,6 +315,7 @@ pub fn decode_body<'a>(header: &Header, payload: &'a [u8]) -> Result<Body<'a>, D
                 .map_err(|_| DecodeError::Field { kind, what: "error text is not UTF-8" })?;
             Ok(Body::Error(text))
         }
+        Kind::Blob => Ok(Body::Blob(payload)),
         _ => decode_pages(header, payload).map(Body::Pages),
     }
 }

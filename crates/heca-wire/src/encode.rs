@@ -1,6 +1,6 @@
 //! How frames are put together.
 
-use heca_types::limits::{ADDRESS_BYTES_MAX, ERROR_TEXT_MAX, FRAME_PAGES_MAX};
+use heca_types::limits::{ADDRESS_BYTES_MAX, ERROR_TEXT_MAX, FRAME_PAGES_MAX, FRAME_PAYLOAD_MAX};
 use heca_types::{Epoch, ExtentIndex, RegionId, Status};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -162,6 +162,15 @@ pub fn encode_pull(header: Header, entries: &[PageEntry], source: &str, out: &mu
     assert!((1..=ADDRESS_BYTES_MAX).contains(&source.len()), "address of {} bytes", source.len());
     encode_pages_parts(Header { kind: Kind::Pull, ..header }, entries, source.len(), out);
     out.extend_from_slice(source.as_bytes());
+}
+
+/// Appends a frame of bytes whose meaning only its two ends know.
+///
+/// # Panics
+/// If there are more bytes than a frame may hold.
+pub fn encode_blob(header: Header, bytes: &[u8], out: &mut Vec<u8>) {
+    assert!(bytes.len() <= FRAME_PAYLOAD_MAX, "a blob of {} bytes", bytes.len());
+    append(out, Header { kind: Kind::Blob, count: 0, ..header }, &[bytes]);
 }
 
 fn encode_error_text(header: Header, text: &str, out: &mut Vec<u8>) {

@@ -43,11 +43,12 @@ pub enum Kind {
     Pull = 24,
     PullAck = 25,
     Error = 32,
+    Blob = 33,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Hello,
         Self::HelloAck,
         Self::Open,
@@ -71,6 +72,7 @@ impl Kind {
         Self::Pull,
         Self::PullAck,
         Self::Error,
+        Self::Blob,
     ];
 
     fn from_code(code: u16) -> Option<Self> {

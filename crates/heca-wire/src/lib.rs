@@ -15,6 +15,7 @@
 //! | `Pull` | pager | page entries + address |
 //! | `Write`, `ReadReply` | | page entries + page data |
 //! | `Error` | sponsor | text |
+//! | `Blob` | hosts that a VM moves between | any bytes |
 #![forbid(unsafe_code)]
 
 mod body;
@@ -29,6 +30,8 @@ pub use body::{
     Role, decode_body,
 };
 pub use checksum::{is_zero_page, page_checksum};
-pub use encode::{encode_open, encode_pages, encode_pages_parts, encode_pull, encode_release};
+pub use encode::{
+    encode_blob, encode_open, encode_pages, encode_pages_parts, encode_pull, encode_release,
+};
 pub use entry::{EntryFlags, PageEntry};
 pub use header::{DecodeError, HEADER_BYTES, Header, Kind, MAGIC, VERSION_MAX, VERSION_MIN};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use heca_agent::agent::{AgentConfig, Failover};
-use heca_api::{AccelChoice, EvictionChoice, Network, SponsorAddress};
+use heca_api::{AccelChoice, EvictionChoice, MigrationMode, Network, SponsorAddress};
 use heca_core::pager::Mutation;
 use heca_types::ByteSize;
 use heca_types::limits::{
@@ -95,6 +95,9 @@ pub struct AgentArguments {
     keep_free: ByteSize,
     #[command(flatten)]
     failover: FailoverArguments,
+    /// Take in VMs of other hosts here (live migration); nowhere by default.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    migration_listen: Option<String>,
 }
 
 /// How connections between hosts are secured.
@@ -273,6 +276,7 @@ impl AgentArguments {
             identity: self.security.identity()?,
             keep_free: self.keep_free,
             failover: self.failover.failover(),
+            migration_listen: self.migration_listen,
         })
     }
 }
@@ -334,6 +338,28 @@ pub enum VmCommand {
         #[arg(value_name = "HOST:PORT[=SHARE]")]
         sponsor: SponsorAddress,
     },
+    /// Move a running VM to another host.
+    Migrate(MigrateArguments),
+    /// Show how far a VM's move from this host is, or what it cost.
+    Migration {
+        name: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep a VM here that is about to move.
+    MigrateCancel { name: String },
+    /// Say where a VM goes on whose target will never answer. Only a person can know that.
+    #[command(group = clap::ArgGroup::new("where").required(true))]
+    MigrateResolve {
+        name: String,
+        /// It does not run on the target, for certain: it goes on here.
+        #[arg(long, group = "where")]
+        run_here: bool,
+        /// It runs on the target: what is left of it here is removed.
+        #[arg(long, group = "where")]
+        gone: bool,
+    },
     /// Change a VM's local budget while it runs.
     Resize {
         name: String,
@@ -341,6 +367,45 @@ pub enum VmCommand {
         #[arg(long, value_name = "SIZE")]
         local: ByteSize,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct MigrateArguments {
+    pub name: String,
+    /// The target's agent: it takes in VMs with `--migration-listen`. The port is 7902 if not given.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub to: String,
+    /// How memory gets there: hybrid, postcopy, precopy, or QEMU's own qemu-precopy, qemu-postcopy,
+    /// qemu-postcopy-preempt.
+    #[arg(long, default_value = "hybrid")]
+    pub mode: MigrationMode,
+    /// Time that the guest should stand still at the most, such as 50ms: pages are copied until the
+    /// rest fits into it.
+    #[arg(long, default_value = "50ms", value_parser = parse_ms, value_name = "TIME")]
+    pub max_downtime: u64,
+    /// Bound of what is sent, for each second, such as 1G.
+    #[arg(long, value_name = "SIZE")]
+    pub bandwidth: Option<ByteSize>,
+    /// Keep every page in two places until done: memory goes to the sponsors, not to the target, so
+    /// that the source's host may die right after the switch.
+    #[arg(long)]
+    pub safe: bool,
+    /// Return at once; `heca vm migration NAME` tells how far it is.
+    #[arg(long, conflicts_with = "json")]
+    pub background: bool,
+    /// Print JSON at the end.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A time with a unit, in milliseconds.
+fn parse_ms(text: &str) -> Result<u64, String> {
+    let bad = || format!("`{text}` is no time: write 50ms or 2s");
+    let (number, factor) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1),
+        None => (text.strip_suffix('s').ok_or_else(bad)?, 1000),
+    };
+    number.trim().parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).ok_or_else(bad)
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ mod bench;
 mod cli;
 mod hammer;
 mod memtest;
+mod migrate;
 mod output;
 mod pool;
 mod vm;

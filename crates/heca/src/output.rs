@@ -194,6 +194,8 @@ fn state(info: &VmInfo) -> &'static str {
         heca_api::VmState::Starting => "starting",
         heca_api::VmState::Running => "running",
         heca_api::VmState::PagerLost => "waiting for a new pager",
+        heca_api::VmState::Arriving => "arriving",
+        heca_api::VmState::Leaving => "leaving",
         heca_api::VmState::Stopped => "stopped",
     }
 }

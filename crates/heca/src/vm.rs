@@ -12,7 +12,7 @@ use heca_api::{Boot, Client, Resize, Stop, VmInfo, VmRequest, VmState};
 use rustix::termios::{OptionalActions, isatty, tcgetattr, tcsetattr};
 
 use crate::cli::{RunArguments, VmArguments, VmCommand};
-use crate::output;
+use crate::{migrate, output};
 
 /// Byte that leaves the console: Ctrl-].
 const LEAVE: u8 = 0x1d;
@@ -49,6 +49,21 @@ pub async fn run(arguments: VmArguments) -> anyhow::Result<ExitCode> {
         VmCommand::AddSponsor { name, sponsor } => {
             let _: VmInfo = client.post(&format!("/v1/vms/{name}/sponsors"), &sponsor).await?;
             println!("{name}: {} is a sponsor of it now", sponsor.address);
+        }
+        VmCommand::Migrate(arguments) => return migrate::run(&client, arguments).await,
+        VmCommand::Migration { name, json } => {
+            let info = client.get(&format!("/v1/vms/{name}/migration")).await?;
+            migrate::print(&info, json)?;
+        }
+        VmCommand::MigrateCancel { name } => {
+            let path = format!("/v1/vms/{name}/migration/cancel");
+            let _: heca_api::MigrationInfo = client.post(&path, &serde_json::json!({})).await?;
+            println!("{name} stays here");
+        }
+        VmCommand::MigrateResolve { name, run_here, .. } => {
+            let path = format!("/v1/vms/{name}/migration/resolve");
+            let () = client.post(&path, &heca_api::ResolveMigration { run_here }).await?;
+            println!("{name} {}", if run_here { "goes on here" } else { "is another host's" });
         }
         VmCommand::Resize { name, local } => {
             let info: VmInfo =

@@ -1,6 +1,7 @@
 //! The engine thread: owns the state machine, carries out its actions.
 
 mod links;
+mod moving;
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -16,11 +17,13 @@ use heca_core::pager::{Action, Event, FaultKind, FetchClass, Install, InstallRes
 use heca_sys::journal::Journal;
 use heca_sys::uffd::{self, Fault, ResolveError, Userfaultfd};
 use heca_types::limits::{PAGE_BYTES, SILENCE_TIMEOUT_MS};
-use heca_types::{Epoch, PageIndex, PageVersion, RegionId};
+use heca_types::{PageIndex, PageVersion, RegionId};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 
 use super::evictor::{Job, UnmapJob};
+use super::handover::import::Incoming;
+use super::handover::tracker::{Final, Tracker};
 use super::lane::{ReadLane, Seal};
 use super::pidfd_ends;
 use super::preflight::Target;
@@ -31,6 +34,7 @@ use super::statistics::Statistics;
 use super::waker::Waker;
 use crate::latency::LatencyHint;
 use crate::link::Link;
+use moving::Moving;
 
 /// Longest sleep: retries, time limits and rates are looked at this often.
 const TICK: Duration = Duration::from_millis(100);
@@ -65,6 +69,17 @@ pub(super) enum Message {
     Fenced {
         reason: String,
     },
+    /// The VM goes to another host, or stays after all.
+    Track(Option<Box<Tracker>>),
+    /// Look for written pages.
+    Look {
+        send: bool,
+        done: Sender<u64>,
+    },
+    /// The guest stands still: tell of every page.
+    Switch(Sender<std::io::Result<Final>>),
+    /// The connection on which the VM's former host is asked for pages; none while it is away.
+    Source(Option<Box<Link>>),
     Stats(Sender<PagerStats>),
     IsRestored(Sender<bool>),
     Stop,
@@ -79,7 +94,6 @@ pub(super) struct Context {
     pub(super) method: &'static str,
     pub(super) replicas: usize,
     pub(super) region: RegionId,
-    pub(super) epoch: Epoch,
     pub(super) stopped: Duration,
     pub(super) spin: Duration,
     pub(super) remote: Remote,
@@ -88,6 +102,8 @@ pub(super) struct Context {
     pub(super) pulls: Sender<PullJob>,
     /// Whether a former pager of the process ended before this one began.
     pub(super) resumed: bool,
+    /// Where the VM came from another host.
+    pub(super) incoming: Option<Incoming>,
 }
 
 /// A page to ask for at the next flush.
@@ -129,21 +145,26 @@ pub(super) struct Engine {
     remote_peak: u64,
     begun: Instant,
     running: bool,
+    moving: Moving,
 }
 
 impl Engine {
     pub(super) fn new(
         core: Pager,
-        context: Context,
+        mut context: Context,
         lanes: Vec<Option<(Link, Link)>>,
         (inbox, waker): (Receiver<Message>, Arc<Waker>),
         (jobs, evictor_waker): (Sender<Job>, Arc<Waker>),
     ) -> std::io::Result<Self> {
         let sponsors = lanes.len();
-        let lanes = lanes.into_iter().zip(0..).map(|(links, s)| Some(context.lanes(s, links?)));
+        let lanes = lanes.into_iter().zip(0..);
+        let lanes = lanes.map(|(links, s)| Some(context.lanes(s, links?)));
+        let lanes = lanes.collect();
+        let moving = Moving::new(context.incoming.take(), &core);
         Ok(Self {
             core,
-            lanes: lanes.collect(),
+            moving,
+            lanes,
             traffic: (0..sponsors as u8).map(|s| context.remote.traffic(s)).collect(),
             hedge: HedgePolicy::new(sponsors),
             heard: vec![(Instant::now(), false); sponsors],
@@ -192,6 +213,7 @@ impl Engine {
             let mut busy = self.take_faults(&mut faults);
             busy |= self.take_replies();
             busy |= self.take_messages();
+            busy |= self.move_on(!busy);
             self.flush();
             let now = Instant::now();
             self.look_for_overdue(now);
@@ -295,6 +317,10 @@ impl Engine {
                 let lifted = uffd.write_protect(target.address(page), PAGE_BYTES as u64, false);
                 (page, Install::Unprotect, lifted)
             }
+            Action::Demand { page } => {
+                self.moving.demand(page);
+                return;
+            }
             Action::Wake { page } => {
                 let _ = uffd.wake(target.address(page), PAGE_BYTES as u64);
                 self.seen.remove(&page);
@@ -306,12 +332,14 @@ impl Engine {
             }
             Action::Unmap { page, version, dirty, sponsors } => {
                 self.context.journal.set_version(page.0, version.0);
+                self.moving.unmaps(page);
                 self.unmaps.push(UnmapJob { page, version, dirty, sponsors });
                 return;
             }
             Action::Punch { page, version, zero } => {
                 let dropped = if zero { 0 } else { DROPPED };
                 self.context.journal.set_version(page.0, version.0 | dropped);
+                self.moving.left(page);
                 self.punches.push(page);
                 return;
             }
@@ -341,6 +369,11 @@ impl Engine {
         }
         if what != Install::Fill && result.is_ok() {
             self.seen.remove(&page);
+        }
+        match what {
+            Install::Zero if result.is_ok() => self.moving.changed(page),
+            Install::Continue => self.moving.mapped(page),
+            _ => {}
         }
         let result = self.outcome(page, result);
         self.queue.push_back(Event::Installed { page, what, result });
@@ -395,6 +428,7 @@ impl Engine {
                 Message::Event(event) => self.dispatch(event, None),
                 Message::Events(events) => {
                     for event in events {
+                        self.moving.hear(&event);
                         self.dispatch(event, None);
                     }
                 }
@@ -411,6 +445,12 @@ impl Engine {
                     self.dispatch(Event::SponsorDown { sponsor }, None);
                 }
                 Message::Fenced { reason } => self.fence(reason),
+                Message::Track(tracker) => self.moving.tracker = tracker,
+                Message::Look { send, done } => self.begin_look(send, done),
+                Message::Switch(done) => {
+                    let _ = done.send(self.switch());
+                }
+                Message::Source(link) => self.set_source(link),
                 Message::Stats(reply) => {
                     let _ = reply.try_send(self.stats());
                 }
@@ -510,6 +550,11 @@ impl Engine {
             let mut flags = PollFlags::IN;
             flags.set(PollFlags::OUT, lane.link.has_output());
             fds.push(PollFd::from_borrowed_fd(lane.link.as_fd(), flags));
+        }
+        if let Some(source) = self.moving.source() {
+            let mut flags = PollFlags::IN;
+            flags.set(PollFlags::OUT, source.has_output());
+            fds.push(PollFd::from_borrowed_fd(source.as_fd(), flags));
         }
         let due = self.next_due().map(|due| due.saturating_duration_since(Instant::now()));
         // What is overdue already waits for the budget of hedges.

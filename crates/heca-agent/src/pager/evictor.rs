@@ -16,7 +16,7 @@ use heca_sys::ring::RemoteRing;
 use heca_sys::uffd::{ResolveError, Userfaultfd};
 use heca_sys::zap;
 use heca_types::limits::{EVICT_BATCH_PAGES, FRAME_PAGES_MAX, PAGE_BYTES, SILENCE_TIMEOUT_MS};
-use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
+use heca_types::{PageIndex, PageVersion, RegionId, Status};
 use heca_wire::{
     Body, EntryFlags, Header, Kind, PageEntry, encode_pages_parts, is_zero_page, page_checksum,
 };
@@ -80,7 +80,6 @@ pub(super) struct Context {
     pub(super) ram: Arc<File>,
     pub(super) target: Target,
     pub(super) region: RegionId,
-    pub(super) epoch: Epoch,
     pub(super) remote: Remote,
     pub(super) seal: Seal,
 }
@@ -329,7 +328,7 @@ impl Evictor {
                 lane.progress = Instant::now();
             }
             lane.in_flight.push_back((request, pages));
-            let (region, epoch) = (self.context.region, self.context.epoch);
+            let (region, epoch) = (self.context.region, self.context.remote.peer(sponsor).epoch());
             let header = Header::new(Kind::Write, region, epoch, request);
             let data_bytes = slots.len() * PAGE_BYTES;
             encode_pages_parts(header, &entries, data_bytes, lane.link.output());

@@ -121,6 +121,12 @@ impl Keeper {
         let outcome = match command {
             Some(Command::Hold(extent)) => self.hold(&mut link, extent),
             Some(Command::Release(extent)) => self.release(&mut link, extent),
+            Some(Command::TakeOver(told)) => {
+                let peer = self.remote.peer(self.position);
+                let opened = self.remote.open_region(&mut link, &peer);
+                let _ = told.send(self.position);
+                opened.map(|_| ())
+            }
             None => self.heartbeat(&mut link),
         };
         match outcome {
@@ -135,7 +141,7 @@ impl Keeper {
         let peer = self.remote.peer(self.position);
         let idle = lock(&peer.extents).is_empty();
         let region = if idle { heca_types::RegionId::from_bytes([0; 16]) } else { config.region };
-        Header::new(Kind::Ping, region, config.epoch, 5).encode_empty(link.output());
+        Header::new(Kind::Ping, region, peer.epoch(), 5).encode_empty(link.output());
         let timeout = Duration::from_millis(config.detect_ms);
         if self.recheck {
             self.recheck = false;
@@ -156,9 +162,11 @@ impl Keeper {
             let sponsor = self.position;
             self.engine.send(Message::Event(Event::SponsorLeaving { sponsor, leaving }));
         }
+        let idle = idle || self.remote.is_visiting();
         if !idle && self.renewed.elapsed() >= Duration::from_millis(config.lease_ms / 3) {
             self.renewed = Instant::now();
-            Header::new(Kind::Renew, config.region, config.epoch, 3).encode_empty(link.output());
+            let epoch = peer.epoch();
+            Header::new(Kind::Renew, config.region, epoch, 3).encode_empty(link.output());
             link.request(TIMEOUT, |header, _| (header.kind == Kind::RenewAck).then_some(()))?;
         }
         Ok(())
@@ -201,7 +209,8 @@ impl Keeper {
             Some(Command::Release(extent)) => {
                 lock(&self.remote.peer(self.position).extents).remove(&extent);
             }
-            None => {}
+            // It is told when it is back.
+            Some(Command::TakeOver(_)) | None => {}
         }
     }
 
@@ -236,9 +245,11 @@ impl Keeper {
                     tracing::error!(sponsor = peer.address, "sponsor lost the pages it held");
                     self.remote.forget_losses(self.position);
                 }
-                let unneeded = self.remote.not_held(&peer);
-                if let Err(error) = self.remote.release(&mut control, &peer, &unneeded) {
-                    tracing::debug!(sponsor = peer.address, "not released: {}", chain(&error));
+                if !self.remote.is_visiting() {
+                    let unneeded = self.remote.not_held(&peer);
+                    if let Err(error) = self.remote.release(&mut control, &peer, &unneeded) {
+                        tracing::debug!(sponsor = peer.address, "not released: {}", chain(&error));
+                    }
                 }
                 tracing::info!(sponsor = peer.address, "sponsor is back");
                 {

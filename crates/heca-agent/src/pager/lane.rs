@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use heca_core::pager::FetchError;
 use heca_types::limits::{DEMAND_PAGES_IN_FLIGHT_MAX, FRAME_PAGES_MAX, PAGE_BYTES};
-use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
+use heca_types::{PageIndex, PageVersion, RegionId, Status};
 use heca_wire::{Body, EntryFlags, Header, Kind, PageEntry, encode_pages, page_checksum};
 
 use super::remote::Peer;
@@ -34,7 +34,6 @@ pub(super) struct ReadLane {
     pub(super) link: Link,
     peer: Arc<Peer>,
     region: RegionId,
-    epoch: Epoch,
     frame_pages: usize,
     pending: VecDeque<(PageIndex, PageVersion)>,
     in_flight: VecDeque<Asked>,
@@ -55,7 +54,7 @@ impl ReadLane {
     pub(super) fn new(
         link: Link,
         peer: Arc<Peer>,
-        (region, epoch): (RegionId, Epoch),
+        region: RegionId,
         prefetch: bool,
         seal: Seal,
     ) -> Self {
@@ -63,7 +62,6 @@ impl ReadLane {
             link,
             peer,
             region,
-            epoch,
             frame_pages: if prefetch { PREFETCH_FRAME_PAGES } else { FRAME_PAGES_MAX },
             pending: VecDeque::new(),
             in_flight: VecDeque::new(),
@@ -117,7 +115,7 @@ impl ReadLane {
                 self.entries.push(PageEntry::new(page, version));
                 self.in_flight.push_back(Asked { page, version, request, sent });
             }
-            let header = Header::new(Kind::Read, self.region, self.epoch, request);
+            let header = Header::new(Kind::Read, self.region, self.peer.epoch(), request);
             encode_pages(header, &self.entries, &[], self.link.output());
         }
         if self.link.has_output() { self.link.flush().map(|_| ()) } else { Ok(()) }

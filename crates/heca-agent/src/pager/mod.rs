@@ -12,6 +12,7 @@
 
 mod engine;
 mod evictor;
+mod handover;
 mod keeper;
 mod lane;
 mod preflight;
@@ -45,12 +46,15 @@ pub use server::serve;
 pub use start::{journal_path, start};
 
 use engine::Message;
+use handover::behind::Behind;
 use keeper::{Keeper, Mailbox};
 use preflight::Target;
+pub(crate) use remote::chain;
 use remote::{Remote, lock};
 use waker::Waker;
 
 use crate::link::Link;
+use crate::migrate::RegionInfo;
 
 /// What a pager needs to know.
 // Unknown fields are allowed: a VM outlives an upgrade, and the way back.
@@ -100,6 +104,32 @@ pub struct PagerConfig {
     /// Bound of the traffic of rebuilding, in bytes a second.
     #[serde(default = "default_rebuild_bytes_per_s")]
     pub rebuild_bytes_per_s: u64,
+    /// The VM comes from another host: its pager sends what it has, and what is behind follows.
+    #[serde(default)]
+    pub import: Option<ImportConfig>,
+    /// The VM went to another host: nothing is paged any more, only what is behind is sent.
+    #[serde(default)]
+    pub follow: Option<Destination>,
+}
+
+/// What the pager of a VM that comes from another host needs to know beside all others.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ImportConfig {
+    /// Where to listen for the source's pager; with port 0 for any.
+    pub listen: String,
+    /// What the source's pager names itself by.
+    pub ticket: OwnerId,
+    /// Identities of the sponsors' stores as the source knows them; zeros for unknown ones.
+    pub stores: Vec<[u8; 16]>,
+}
+
+/// Where the pager of the VM's next host is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Destination {
+    /// Where it listens.
+    pub address: String,
+    /// What this pager names itself by.
+    pub ticket: OwnerId,
 }
 
 fn default_detect_ms() -> u64 {
@@ -143,6 +173,8 @@ impl PagerConfig {
             detect_ms: DETECT_MS_DEFAULT,
             rebuild_after_ms: REBUILD_AFTER_MS_DEFAULT,
             rebuild_bytes_per_s: REBUILD_BYTES_PER_S_DEFAULT,
+            import: None,
+            follow: None,
         }
     }
 }
@@ -161,6 +193,10 @@ pub struct PagerHandle {
     threads: Vec<JoinHandle<()>>,
     keepers: Mutex<Vec<JoinHandle<Option<Link>>>>,
     journal: PathBuf,
+    ram: Arc<std::fs::File>,
+    region: RegionId,
+    /// Pages that a former owner still has.
+    behind: Option<Arc<Behind>>,
 }
 
 /// Score that keeps the kernel from choosing the pager when memory is short.
@@ -247,13 +283,29 @@ impl PagerHandle {
         }
     }
 
+    /// What the region's next owner must know beside its pages.
+    fn region_info(&self) -> RegionInfo {
+        let stores = self.remote.peers().iter().map(|peer| peer.store_id()).collect();
+        RegionInfo { region: self.region, epoch: self.remote.epoch(), stores }
+    }
+
+    fn mailbox(&self) -> Mailbox {
+        Mailbox { messages: self.messages.clone(), waker: self.waker.clone() }
+    }
+
+    fn keep_all(&self, controls: Vec<Option<Link>>) {
+        for (position, control) in controls.into_iter().enumerate() {
+            self.keep(position as u8, control, &self.mailbox());
+        }
+    }
+
     /// One more sponsor. It gets extents when one of the others is lost or leaves.
     ///
     /// # Errors
     /// Too many sponsors, or one that is known already.
     pub fn add_sponsor(&self, sponsor: &SponsorAddress) -> Result<(), ApiError> {
         let position = self.remote.add(sponsor)?;
-        let mailbox = Mailbox { messages: self.messages.clone(), waker: self.waker.clone() };
+        let mailbox = self.mailbox();
         mailbox.send(Message::Sponsor { weight: sponsor.weight });
         self.keep(position, None, &mailbox);
         Ok(())

@@ -110,7 +110,7 @@ impl Rebuilder {
         };
         let entries: Vec<PageEntry> =
             batch.iter().map(|job| PageEntry::new(job.page, job.version)).collect();
-        let header = Header::new(Kind::Pull, inner.config.region, inner.config.epoch, 6);
+        let header = Header::new(Kind::Pull, inner.config.region, self.remote.epoch(), 6);
         encode_pull(header, &entries, &source, link.output());
         let timeout = Duration::from_millis(COPY_TIMEOUT_MS);
         let answers = link.request(timeout, |header, body| match body {

@@ -10,7 +10,7 @@ use heca_api::{ApiError, PagerStats, SponsorAddress, SponsorStats};
 use heca_core::placement::Layout;
 use heca_sys::journal::Journal;
 use heca_types::limits::{CONNECT_TIMEOUT_MS, EXTENT_BYTES, SPONSORS_MAX};
-use heca_types::{ExtentIndex, StoreId};
+use heca_types::{Epoch, ExtentIndex, StoreId};
 use heca_wire::{Body, Header, Kind, Open, Role, encode_open, encode_release};
 
 use super::PagerConfig;
@@ -46,10 +46,12 @@ pub(super) struct Status {
 }
 
 /// What the keeper of a sponsor is asked to tell it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) enum Command {
     Hold(ExtentIndex),
     Release(ExtentIndex),
+    /// The region has this owner now.
+    TakeOver(Sender<u8>),
 }
 
 #[derive(Debug)]
@@ -62,6 +64,8 @@ pub(super) struct Peer {
     pub(super) commands: (Sender<Command>, Receiver<Command>),
     pub(super) status: Mutex<Status>,
     pub(super) traffic: Arc<Traffic>,
+    /// The epoch under which the sponsor knows this owner.
+    epoch: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -69,6 +73,10 @@ pub(super) struct Inner {
     pub(super) config: PagerConfig,
     pub(super) security: Security,
     extent_count: u32,
+    /// The epoch of this owner.
+    epoch: AtomicU64,
+    /// The region is still another owner's: it is read under that one's epoch, and not opened.
+    visiting: AtomicBool,
     peers: RwLock<Vec<Arc<Peer>>>,
     journal: Arc<Journal>,
     pub(super) stopping: AtomicBool,
@@ -89,7 +97,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// An error with its causes, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -100,7 +108,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 }
 
 impl Peer {
-    fn new(address: &SponsorAddress, extents: BTreeSet<ExtentIndex>) -> Self {
+    fn new(address: &SponsorAddress, extents: BTreeSet<ExtentIndex>, epoch: Epoch) -> Self {
         Self {
             address: address.address.clone(),
             extents: Mutex::new(extents),
@@ -109,7 +117,18 @@ impl Peer {
             commands: unbounded(),
             status: Mutex::new(Status { up: true, reason: None, leaving: false }),
             traffic: Arc::default(),
+            epoch: AtomicU64::new(epoch.0),
         }
+    }
+
+    /// Identity of its store; zeros while that is unknown.
+    pub(super) fn store_id(&self) -> [u8; 16] {
+        lock(&self.store).map_or([0; 16], StoreId::to_bytes)
+    }
+
+    /// The epoch to name in requests.
+    pub(super) fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::SeqCst))
     }
 
     /// Whether the sponsor was told that it need not hold the extent: what is refused of that one
@@ -136,7 +155,11 @@ impl Remote {
         journal: Arc<Journal>,
     ) -> Result<(Self, Vec<Option<Connected>>), ApiError> {
         let peers = config.sponsors.iter().enumerate().map(|(i, sponsor)| {
-            let peer = Peer::new(sponsor, layout.extents_of(i as u8).collect());
+            let peer = Peer::new(sponsor, layout.extents_of(i as u8).collect(), config.epoch);
+            if let Some(import) = config.import.as_ref().filter(|_| !config.resume) {
+                let known = import.stores.get(i).copied().unwrap_or_default();
+                *lock(&peer.store) = (known != [0; 16]).then(|| StoreId::from_bytes(known));
+            }
             if config.resume {
                 let known = journal.store(i as u8);
                 *lock(&peer.store) = (known != [0; 16]).then(|| StoreId::from_bytes(known));
@@ -149,6 +172,8 @@ impl Remote {
             config: config.clone(),
             security,
             extent_count: layout.len(),
+            epoch: AtomicU64::new(config.epoch.0),
+            visiting: AtomicBool::new(config.import.is_some() && !config.resume),
             peers: RwLock::new(peers.collect()),
             journal,
             stopping: AtomicBool::new(false),
@@ -160,7 +185,8 @@ impl Remote {
         for position in 0..config.sponsors.len() as u8 {
             let peer = remote.peer(position);
             // Pages wait for those that answer: their keepers go on with the others.
-            let late = config.resume && begun.elapsed() > RESUME_TIME;
+            let tolerant = config.resume || remote.is_visiting();
+            let late = tolerant && begun.elapsed() > RESUME_TIME;
             let outcome = if late { Err(LinkError::Closed) } else { remote.open(position) };
             match outcome {
                 Ok((mut connected, emptied, store)) => {
@@ -183,7 +209,7 @@ impl Remote {
                     let text = "the memory has a newer owner: this process must not go on with it";
                     return Err(ApiError::new("fenced", text).detail(chain(&error)));
                 }
-                Err(error) if config.resume => {
+                Err(error) if tolerant => {
                     let mut status = lock(&peer.status);
                     status.up = false;
                     status.reason = Some(chain(&error));
@@ -221,7 +247,7 @@ impl Remote {
             let text = format!("a VM has {SPONSORS_MAX} sponsors at the most");
             return Err(ApiError::new("too-many-sponsors", text));
         }
-        let peer = Peer::new(sponsor, BTreeSet::new());
+        let peer = Peer::new(sponsor, BTreeSet::new(), self.epoch());
         lock(&peer.status).up = false;
         peers.push(Arc::new(peer));
         Ok((peers.len() - 1) as u8)
@@ -236,12 +262,52 @@ impl Remote {
             quota_bytes: Peer::quota_bytes(extents.len()),
             lease_ms: config.lease_ms,
         };
-        let header = Header::new(Kind::Open, config.region, config.epoch, 1);
+        let epoch = self.epoch();
+        let header = Header::new(Kind::Open, config.region, epoch, 1);
         encode_open(header, &open, self.0.extent_count, &extents, control.output());
-        control.request(TIMEOUT, |_, body| match body {
+        let stored_pages = control.request(TIMEOUT, |_, body| match body {
             Body::OpenAck(ack) => Some(ack.stored_pages),
             _ => None,
-        })
+        })?;
+        peer.epoch.store(epoch.0, Ordering::SeqCst);
+        Ok(stored_pages)
+    }
+
+    /// The epoch of this owner; sponsors may not have heard of it yet, see [`Peer::epoch`].
+    pub(super) fn epoch(&self) -> Epoch {
+        Epoch(self.0.epoch.load(Ordering::SeqCst))
+    }
+
+    /// Whether the region is still another owner's.
+    pub(super) fn is_visiting(&self) -> bool {
+        self.0.visiting.load(Ordering::SeqCst)
+    }
+
+    /// The region has this owner from now on, under the next epoch: has all sponsors that can be
+    /// reached told so, and waits for their answers, at most `patience` long. The others are told
+    /// when they are back.
+    pub(super) fn take_over(&self, patience: Duration) {
+        let epoch = Epoch(self.epoch().0 + 1);
+        self.0.journal.set_epoch(epoch.0);
+        self.0.epoch.store(epoch.0, Ordering::SeqCst);
+        self.0.visiting.store(false, Ordering::SeqCst);
+        let (told, answers) = unbounded();
+        for position in 0..self.peers().len() as u8 {
+            self.command(position, Command::TakeOver(told.clone()));
+        }
+        drop(told);
+        let deadline = Instant::now() + patience;
+        // Ends when every keeper dropped its end.
+        while let Ok(answer) = answers.recv_deadline(deadline) {
+            tracing::debug!(?answer, "told of the takeover");
+        }
+    }
+
+    /// What the sponsors hold, as the former owner knew it when it handed the region over.
+    pub(super) fn set_extents(&self, layout: &Layout) {
+        for (position, peer) in self.peers().iter().enumerate() {
+            *lock(&peer.extents) = layout.extents_of(position as u8).collect();
+        }
     }
 
     /// Tells a sponsor which extents it need not hold any longer.
@@ -257,7 +323,7 @@ impl Remote {
             quota_bytes: Peer::quota_bytes(lock(&peer.extents).len()),
             lease_ms: config.lease_ms,
         };
-        let header = Header::new(Kind::Release, config.region, config.epoch, 4);
+        let header = Header::new(Kind::Release, config.region, peer.epoch(), 4);
         encode_release(header, &release, self.0.extent_count, extents, control.output());
         control.request(TIMEOUT, |header, _| (header.kind == Kind::ReleaseAck).then_some(()))
     }
@@ -277,8 +343,14 @@ impl Remote {
         }
         let idle = lock(&peer.extents).is_empty();
         // One that holds nothing may still have something from before, under an older epoch.
-        let stored_pages =
-            if idle && !config.resume { 0 } else { self.open_region(&mut control, &peer)? };
+        let stored_pages = if self.is_visiting() {
+            // Not asked for what it holds: whether it lost that is seen by its identity.
+            u64::MAX
+        } else if idle && !config.resume {
+            0
+        } else {
+            self.open_region(&mut control, &peer)?
+        };
         let lanes = Lanes {
             demand: connect(Role::Demand)?.0,
             prefetch: connect(Role::Prefetch)?.0,
@@ -413,7 +485,7 @@ impl Remote {
                     .map(|(link, _)| link),
             };
             let closed = connected.and_then(|mut control| {
-                let header = Header::new(Kind::Close, config.region, config.epoch, 2);
+                let header = Header::new(Kind::Close, config.region, peer.epoch(), 2);
                 header.encode_empty(control.output());
                 control.request(TIMEOUT, |header, _| (header.kind == Kind::CloseAck).then_some(()))
             });

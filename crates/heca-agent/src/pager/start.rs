@@ -19,6 +19,8 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 
 use super::engine::{self, Engine};
 use super::evictor::{self, Evictor, Unmapper};
+use super::handover::behind::Behind;
+use super::handover::import::Incoming;
 use super::keeper::Mailbox;
 use super::preflight::{self, Target};
 use super::rebuilder::Rebuilder;
@@ -34,6 +36,9 @@ const WRITE_PROTECT: usize = 1;
 const OWNER_PID: usize = 2;
 /// Bit of a page's version in the journal: the page was dropped from local memory.
 pub(super) const DROPPED: u32 = 1 << 31;
+/// Bit of a page's version in the journal: the page is still with the region's former owner,
+/// whatever the RAM file has for it.
+pub(super) const BEHIND: u32 = 1 << 30;
 /// Not zero once the region has a newer owner.
 pub(super) const FENCED: usize = 4;
 /// One bit for each sponsor that ever acknowledged a page.
@@ -54,8 +59,27 @@ pub fn journal_path(ram_file: &Path) -> PathBuf {
 /// # Errors
 /// Everything that makes paging impossible or unsafe, with what to do about it.
 pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
-    let budget_pages = check_budget(config.local)?;
     let security = Security::load(config.identity.as_deref())?;
+    let (setup, opened) = set_up(config, security)?;
+    let (remote, resume) = (setup.remote.clone(), config.resume);
+    let (controls, lanes) = opened.into_iter().map(Option::unzip).unzip();
+    let started = attach_and_run(setup, controls, lanes);
+    started.map_err(|(error, controls)| {
+        remote.stop();
+        if !resume {
+            remote.close_regions(controls);
+            let _ = std::fs::remove_file(journal_path(&config.ram_file));
+        }
+        error
+    })
+}
+
+/// Everything up to the connections: nothing is changed in the process.
+fn set_up(
+    config: &PagerConfig,
+    security: Security,
+) -> Result<(Setup, Vec<Option<super::remote::Connected>>), ApiError> {
+    let budget_pages = check_budget(config.local)?;
     let seal = match &config.seal_key {
         Some(path) => {
             let key = SealKey::load(path).map_err(|error| io_error("read the page key", &error))?;
@@ -139,7 +163,7 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
         }
     })?;
     let setup = Setup {
-        config: &config,
+        config: config.clone(),
         target,
         features,
         unmapper,
@@ -152,16 +176,7 @@ pub fn start(config: &PagerConfig) -> Result<PagerHandle, ApiError> {
         remote: remote.clone(),
         pages,
     };
-    let (controls, lanes) = opened.into_iter().map(Option::unzip).unzip();
-    let started = attach_and_run(setup, controls, lanes);
-    started.map_err(|(error, controls)| {
-        remote.stop();
-        if !config.resume {
-            remote.close_regions(controls);
-            let _ = std::fs::remove_file(&path);
-        }
-        error
-    })
+    Ok((setup, opened))
 }
 
 /// What is still in local memory must not be changed in two places.
@@ -190,8 +205,8 @@ fn refuse_living_journal(config: &PagerConfig, path: &Path) -> Result<(), ApiErr
     .hint("a VM's pager is started again by its agent; its pages are safe"))
 }
 
-struct Setup<'a> {
-    config: &'a PagerConfig,
+struct Setup {
+    config: PagerConfig,
     target: Target,
     features: Features,
     unmapper: Unmapper,
@@ -205,14 +220,77 @@ struct Setup<'a> {
     pages: u64,
 }
 
+/// A process that is taken over, before anything is known of its memory: that of a VM which comes
+/// from another host.
+pub(super) struct Prepared {
+    setup: Setup,
+    attached: Attached,
+    controls: Vec<Option<Link>>,
+    lanes: Vec<Option<super::remote::Lanes>>,
+    pub(super) uffd: Arc<Userfaultfd>,
+    pub(super) ram: Arc<File>,
+    pub(super) journal: Arc<Journal>,
+    /// Its machine, in which nothing is known of any page.
+    pub(super) core: Pager,
+}
+
+impl Prepared {
+    /// Takes over the faults of a process and connects to its sponsors, without opening its region:
+    /// that is still another owner's.
+    ///
+    /// # Errors
+    /// As [`start`].
+    pub(super) fn new(config: &PagerConfig, security: Security) -> Result<Self, ApiError> {
+        let (setup, opened) = set_up(config, security)?;
+        let (controls, lanes) = opened.into_iter().map(Option::unzip).unzip();
+        let attached = attach(&setup)?;
+        let uffd = attached.uffd.try_clone().map_err(|e| io_error("use the userfaultfd", &e))?;
+        Ok(Self {
+            uffd: Arc::new(uffd),
+            ram: setup.ram.clone(),
+            journal: setup.journal.clone(),
+            core: setup.core.clone(),
+            setup,
+            attached,
+            controls,
+            lanes,
+        })
+    }
+
+    /// Pages in the region.
+    pub(super) fn pages(&self) -> u64 {
+        self.setup.pages
+    }
+
+    /// What is paged.
+    pub(super) fn target(&self) -> Target {
+        self.setup.target
+    }
+
+    /// Starts the threads of a pager, with all that the machine knows by now.
+    ///
+    /// # Errors
+    /// Threads that cannot be started.
+    pub(super) fn run(mut self, incoming: Incoming) -> Result<PagerHandle, ApiError> {
+        self.setup.core = self.core;
+        let remote_fd = self.attached.remote_fd;
+        self.setup.remote.set_extents(self.setup.core.layout());
+        let stopped = self.attached.stopped;
+        let mut handle = run(self.setup, &self.uffd, stopped, self.lanes, Some(incoming))?;
+        handle.remote_fd = remote_fd;
+        handle.keep_all(self.controls);
+        Ok(handle)
+    }
+}
+
 type Failed = (ApiError, Vec<Option<Link>>);
 
 fn attach_and_run(
-    setup: Setup<'_>,
+    setup: Setup,
     controls: Vec<Option<Link>>,
     lanes: Vec<Option<super::remote::Lanes>>,
 ) -> Result<PagerHandle, Failed> {
-    let (config, target) = (setup.config, setup.target);
+    let (config, target) = (setup.config.clone(), setup.target);
     let attached = match attach(&setup) {
         Ok(attached) => attached,
         Err(error) => return Err((error, controls)),
@@ -227,21 +305,19 @@ fn attach_and_run(
         }
         error
     };
-    match run(setup, &uffd, attached.stopped, lanes) {
+    match run(setup, &uffd, attached.stopped, lanes, None) {
         Err(error) => Err((abandon(error), controls)),
-        Ok((mut handle, mailbox)) => {
+        Ok(mut handle) => {
             handle.remote_fd = remote_fd;
-            for (position, control) in controls.into_iter().enumerate() {
-                handle.keep(position as u8, control, &mailbox);
-            }
+            handle.keep_all(controls);
             Ok(handle)
         }
     }
 }
 
 /// Gets the process's page faults, and learns what is in its memory.
-fn attach(setup: &Setup<'_>) -> Result<Attached, ApiError> {
-    let (config, target, journal) = (setup.config, &setup.target, &setup.journal);
+fn attach(setup: &Setup) -> Result<Attached, ApiError> {
+    let (config, target, journal) = (&setup.config, &setup.target, &setup.journal);
     if config.resume {
         let remote_fd = journal.number(REMOTE_FD) as i32;
         let uffd = attach::userfaultfd_again(config.pid, remote_fd)
@@ -264,14 +340,25 @@ fn attach(setup: &Setup<'_>) -> Result<Attached, ApiError> {
 
 /// Starts the threads.
 fn run(
-    setup: Setup<'_>,
+    setup: Setup,
     uffd: &Arc<Userfaultfd>,
     stopped: Duration,
     lanes: Vec<Option<super::remote::Lanes>>,
-) -> Result<(PagerHandle, Mailbox), ApiError> {
+    incoming: Option<Incoming>,
+) -> Result<PagerHandle, ApiError> {
     let Setup { config, target, mut core, ram, remote, journal, .. } = setup;
-    adopt_pages(&ram, setup.pages, &journal, &mut core)
-        .map_err(|error| io_error("look for pages in the RAM file", &error))?;
+    let incoming = match incoming {
+        Some(incoming) => Some(incoming),
+        None => adopt_pages(&ram, setup.pages, &journal, &mut core)
+            .map_err(|error| io_error("look for pages in the RAM file", &error))?
+            .map(|missing| {
+                let (ram, journal) = (ram.clone(), journal.clone());
+                let behind = Behind::again(missing, ram, journal, uffd.clone(), target);
+                Incoming { behind: Arc::new(behind), unmapped: Vec::new() }
+            }),
+    };
+    let behind = incoming.as_ref().map(|incoming| incoming.behind.clone());
+    let ram_again = ram.clone();
     let pidfd = heca_sys::process::open_pidfd(config.pid)
         .map_err(|error| io_error("watch the process", &error))?;
     let eventfd =
@@ -294,7 +381,6 @@ fn run(
             ram: ram.clone(),
             target,
             region: config.region,
-            epoch: config.epoch,
             remote: remote.clone(),
             seal: setup.seal.clone(),
         },
@@ -315,7 +401,6 @@ fn run(
             method: setup.method,
             replicas: config.replicas,
             region: config.region,
-            epoch: config.epoch,
             stopped,
             spin: Duration::from_micros(config.spin_us),
             remote: remote.clone(),
@@ -323,6 +408,7 @@ fn run(
             seal: setup.seal,
             pulls,
             resumed: config.resume,
+            incoming,
         },
         data_lanes,
         (inbox, waker.clone()),
@@ -344,8 +430,11 @@ fn run(
         threads,
         keepers: std::sync::Mutex::default(),
         journal: journal_path(&config.ram_file),
+        ram: ram_again,
+        region: config.region,
+        behind,
     };
-    Ok((handle, mailbox))
+    Ok(handle)
 }
 
 fn start_threads(
@@ -424,7 +513,22 @@ fn register(
 
 /// Pages that have content already are resident; those that have none and were stored by a former
 /// pager are remote. Called after registration: whatever appears later comes through the pager.
-fn adopt_pages(ram: &File, pages: u64, journal: &Journal, core: &mut Pager) -> std::io::Result<()> {
+///
+/// Returns the pages that are behind, if the VM came from another host and some are.
+fn adopt_pages(
+    ram: &File,
+    pages: u64,
+    journal: &Journal,
+    core: &mut Pager,
+) -> std::io::Result<Option<Vec<u64>>> {
+    let mut behind = Vec::new();
+    for page in 0..pages {
+        let word = journal.version(page);
+        if word & BEHIND != 0 {
+            behind.push(page);
+            core.adopt_behind(PageIndex(page), PageVersion(word & !(BEHIND | DROPPED)));
+        }
+    }
     if let Some(page) = journal.filling() {
         // Perhaps written half. Nobody has seen it: it was not mapped yet.
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -442,6 +546,9 @@ fn adopt_pages(ram: &File, pages: u64, journal: &Journal, core: &mut Pager) -> s
         let hole = rustix::fs::seek(ram, SeekFrom::Hole(data))?.min(end);
         for page in data / PAGE_BYTES as u64..hole.div_ceil(PAGE_BYTES as u64) {
             let version = journal.version(page) & !DROPPED;
+            if version & BEHIND != 0 {
+                continue;
+            }
             journal.set_version(page, version);
             core.adopt_resident(PageIndex(page), PageVersion(version));
         }
@@ -449,10 +556,10 @@ fn adopt_pages(ram: &File, pages: u64, journal: &Journal, core: &mut Pager) -> s
     }
     for page in 0..pages {
         let version = journal.version(page);
-        if version != 0 {
+        if version != 0 && version & BEHIND == 0 {
             let dropped = version & DROPPED != 0;
             core.adopt_absent(PageIndex(page), PageVersion(version & !DROPPED), dropped);
         }
     }
-    Ok(())
+    Ok((!behind.is_empty()).then_some(behind))
 }

@@ -113,7 +113,7 @@ pub(super) fn start_pager(
     vm: &Vm,
     config: &PagerConfig,
     started: impl FnOnce(&Process),
-) -> Result<Arc<Process>, ApiError> {
+) -> Result<(Arc<Process>, Option<String>), ApiError> {
     let program = super::lock(&vm.program).clone();
     let file = vm.dir.join("pager.json");
     let bytes = serde_json::to_vec(config).expect("plain data can be written as JSON");
@@ -136,7 +136,7 @@ pub(super) fn start_pager(
     });
     let line = receiver.recv_timeout(PAGER_START_TIMEOUT).unwrap_or_default();
     match serde_json::from_str::<PagerState>(&line) {
-        Ok(PagerState::Ready) => Ok(process),
+        Ok(PagerState::Ready { listens }) => Ok((process, listens)),
         Ok(PagerState::Failed { error }) => {
             process.wait(EXIT_TIMEOUT);
             Err(error)

@@ -19,6 +19,16 @@ impl Vm {
         }
     }
 
+    /// Where QEMU waits for the state of a VM that comes.
+    pub(super) fn incoming_socket(&self) -> PathBuf {
+        self.dir.join("incoming.sock")
+    }
+
+    /// Whether no migration of the VM is under way.
+    pub(super) fn is_at_home(&self) -> bool {
+        lock(&self.leave).as_ref().is_none_or(|leave| leave.info().phase.is_over())
+    }
+
     pub(super) fn pager_socket(&self) -> PathBuf {
         self.dir.join("pager.sock")
     }
@@ -64,6 +74,7 @@ impl Vm {
             &paths.qmp_socket,
             &paths.console_socket,
             &self.pager_socket(),
+            &self.incoming_socket(),
             &self.record(),
             &self.dir.join("pager.json"),
             &self.seal_key(),
@@ -111,6 +122,7 @@ impl Vm {
             pager_restarts: restarts.count,
             pager_pause_ms: restarts.pause.map(|pause| pause.as_secs_f64() * 1e3),
             encrypted,
+            migration: lock(&self.leave).as_ref().map(|leave| leave.info().phase),
             problem: lock(&self.problem).clone().or(fenced),
         }
     }

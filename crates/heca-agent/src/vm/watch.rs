@@ -5,11 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use heca_api::VmState;
+use heca_core::handover::Source;
 
 use super::launch::start_pager;
 use super::process::{Process, identity, wait_any};
 use super::{EXIT_TIMEOUT, Restarts, Vm, lock};
+use crate::pager::Destination;
 
+/// How often a watcher looks that can do nothing but wait.
+const LOOK: Duration = Duration::from_millis(50);
 /// When a VM ends its pager may be gone first, by a little.
 const END_GAP: Duration = Duration::from_millis(20);
 /// Pause after the first attempt to start a pager that failed, and the longest.
@@ -24,8 +28,9 @@ pub(super) fn watch(vm: &Arc<Vm>) {
                 Some(running) => (running.qemu.clone(), running.pager.clone()),
                 None => return,
             };
-            if let Some(pager) = &pager {
-                wait_any(&[&qemu, pager], Duration::from_secs(5));
+            match &pager {
+                Some(pager) => wait_any(&[&qemu, pager], Duration::from_secs(5)),
+                None => wait_any(&[&qemu], LOOK),
             }
             if qemu.wait(Duration::ZERO) {
                 finish(pager.as_deref());
@@ -33,8 +38,22 @@ pub(super) fn watch(vm: &Arc<Vm>) {
             }
             let lost = Instant::now();
             let pager_ended = pager.as_ref().is_none_or(|pager| pager.wait(Duration::ZERO));
-            if pager_ended && !qemu.wait(END_GAP) {
-                replace_pager(&vm, &qemu, lost);
+            if !pager_ended || qemu.wait(END_GAP) {
+                continue;
+            }
+            let handover = lock(&vm.record).as_ref().and_then(|record| record.handover.clone());
+            match handover.map(|handover| (handover.state, handover.pager)) {
+                None => {
+                    if lock(&vm.record).as_ref().is_some_and(|record| record.pager.is_none()) {
+                        // QEMU brought its memory here, and some of it is still on its way.
+                        std::thread::sleep(LOOK);
+                        continue;
+                    }
+                    replace_pager(&vm, &qemu, lost);
+                }
+                Some((Source::Given, Some(to))) => follow(&vm, &qemu, to),
+                // Nobody knows yet whose the memory is.
+                Some(_) => std::thread::sleep(LOOK),
             }
         }
         end(&vm);
@@ -49,8 +68,27 @@ fn finish(pager: Option<&Process>) {
     }
 }
 
+/// The VM is another host's, which still lacks some of its memory.
+fn follow(vm: &Vm, qemu: &Process, to: Destination) {
+    let Some(mut record) = lock(&vm.record).clone() else { return };
+    record.config.follow = Some(to);
+    match start_pager(vm, &record.config, |_| {}) {
+        Ok((pager, _)) => {
+            let started = identity(&pager);
+            let _ = vm.change_record(|record| record.pager = Some(started));
+            if let Some(running) = &mut *lock(&vm.running) {
+                running.pager = Some(pager);
+            }
+        }
+        Err(error) => {
+            tracing::error!("what is behind cannot be sent yet: {error}");
+            qemu.wait(RETRY_PAUSES.0);
+        }
+    }
+}
+
 /// Starts pagers until one serves, or QEMU ends.
-fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
+pub(super) fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
     let name = lock(&vm.request).name.clone();
     tracing::error!(vm = name, "the pager is gone: the guest waits at its next fault");
     let mut pause = RETRY_PAUSES.0;
@@ -68,7 +106,7 @@ fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
             }
         };
         match start_pager(vm, &record.config, started) {
-            Ok(pager) => {
+            Ok((pager, _)) => {
                 let pause = lost.elapsed();
                 if let Some(running) = &mut *lock(&vm.running) {
                     running.pager = Some(pager);

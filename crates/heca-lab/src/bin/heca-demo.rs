@@ -146,7 +146,7 @@ fn follow(host: &heca_lab::Host, interrupted: &AtomicBool) -> anyhow::Result<(Vm
         match info.state {
             VmState::Stopped => return Ok((info, console)),
             VmState::PagerLost => bail!("the pager is gone: {:?}", info.problem),
-            VmState::Starting | VmState::Running => {}
+            VmState::Starting | VmState::Running | VmState::Arriving | VmState::Leaving => {}
         }
         anyhow::ensure!(!interrupted.load(Ordering::Relaxed), "interrupted");
         anyhow::ensure!(

@@ -53,6 +53,12 @@ impl Engine {
     /// A connection failed: because a newer owner has the region, or for other reasons.
     fn lose_link(&mut self, sponsor: u8, error: &LinkError) {
         match error {
+            // A sponsor that had not heard of this owner when the others had.
+            LinkError::Refused { status: Status::StaleEpoch, .. }
+                if self.context.remote.peer(sponsor).epoch() != self.context.remote.epoch() =>
+            {
+                self.lose(sponsor, chain(error));
+            }
             LinkError::Refused { status: Status::StaleEpoch, .. } => self.fence(chain(error)),
             error => self.lose(sponsor, chain(error)),
         }
@@ -61,6 +67,14 @@ impl Engine {
     /// The region is another one's now: nothing may be read or written any more, and the process
     /// is stopped: it must not go on in two places.
     pub(super) fn fence(&mut self, reason: String) {
+        if self.moving.is_handed_over() {
+            // As it should be: the VM runs on its next host.
+            for sponsor in 0..self.lanes.len() as u8 {
+                self.lose(sponsor, reason.clone());
+            }
+            self.fenced = Some(reason);
+            return;
+        }
         if !self.context.remote.fence() {
             return;
         }
@@ -279,7 +293,7 @@ impl Engine {
 
 impl Context {
     pub(super) fn lanes(&self, sponsor: u8, (demand, prefetch): (Link, Link)) -> SponsorLanes {
-        let region = (self.region, self.epoch);
+        let region = self.region;
         let peer = self.remote.peer(sponsor);
         SponsorLanes {
             demand: ReadLane::new(demand, peer.clone(), region, false, self.seal.clone()),

@@ -1,0 +1,82 @@
+//! One bit for each page, shared by threads.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A bitmap whose bits are set and cleared atomically.
+#[derive(Debug)]
+pub(crate) struct AtomicBitmap {
+    words: Vec<AtomicU64>,
+}
+
+impl AtomicBitmap {
+    /// A bitmap of zeros.
+    pub(crate) fn new(bits: u64) -> Self {
+        Self { words: (0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    /// Sets a bit; returns whether it was set before.
+    pub(crate) fn set(&self, bit: u64) -> bool {
+        let mask = 1 << (bit % 64);
+        self.words[(bit / 64) as usize].fetch_or(mask, Ordering::SeqCst) & mask != 0
+    }
+
+    /// Clears a bit; returns whether it was set before.
+    pub(crate) fn clear(&self, bit: u64) -> bool {
+        let mask = 1 << (bit % 64);
+        self.words[(bit / 64) as usize].fetch_and(!mask, Ordering::SeqCst) & mask != 0
+    }
+
+    /// Sets all bits of a range.
+    pub(crate) fn set_range(&self, range: Range<u64>) {
+        self.each_word(range, |word, mask| {
+            word.fetch_or(mask, Ordering::SeqCst);
+        });
+    }
+
+    /// Clears all bits of a range.
+    pub(crate) fn clear_range(&self, range: Range<u64>) {
+        self.each_word(range, |word, mask| {
+            word.fetch_and(!mask, Ordering::SeqCst);
+        });
+    }
+
+    fn each_word(&self, range: Range<u64>, mut change: impl FnMut(&AtomicU64, u64)) {
+        let mut bit = range.start;
+        while bit < range.end {
+            let end = range.end.min((bit / 64 + 1) * 64);
+            let ones = end - bit;
+            let mask = if ones == 64 { u64::MAX } else { ((1 << ones) - 1) << (bit % 64) };
+            change(&self.words[(bit / 64) as usize], mask);
+            bit = end;
+        }
+    }
+
+    /// Whether a bit is set.
+    pub(crate) fn get(&self, bit: u64) -> bool {
+        self.words[(bit / 64) as usize].load(Ordering::SeqCst) >> (bit % 64) & 1 == 1
+    }
+
+    /// Bits that are set.
+    pub(crate) fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_and_single_bits_agree() {
+        let map = AtomicBitmap::new(300);
+        map.set_range(60..200);
+        assert_eq!(map.count(), 140);
+        assert!(!map.get(59) && map.get(60) && map.get(199) && !map.get(200));
+        map.clear_range(64..128);
+        assert!(map.get(63) && !map.get(64) && !map.get(127) && map.get(128));
+        assert!(map.clear(63) && !map.clear(63));
+        assert!(!map.set(63) && map.set(63));
+        assert_eq!(map.count(), 76);
+    }
+}

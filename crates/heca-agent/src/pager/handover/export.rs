@@ -1,0 +1,634 @@
+//! The source: sends the VM's memory to the pager of its next host.
+//!
+//! Before the switch, two threads send what the engine's [`Tracker`] queues. Afterwards [`Outgoing`]
+//! knows which pages are behind; a page is sent by whoever clears its bit first. When the connection
+//! is lost then, the target is asked what it lacks, and that is sent: until everything is there, or
+//! this host ends.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, bounded, unbounded};
+use heca_api::{ApiError, ExportInfo, ExportStage};
+use heca_core::handover::{PageRecord, PageRecords};
+use heca_core::pager::Event;
+use heca_types::RegionId;
+use heca_types::limits::{FRAME_PAGES_MAX, PAGE_BYTES};
+use heca_wire::{Body, Kind, Role};
+
+use super::bitmap::AtomicBitmap;
+use super::tracker::{Shared, Tracker, Work};
+use super::transfer::Sender;
+use super::{BULK_LINKS, Begin, Tag, be_nice, encode_message, read_message};
+use crate::link::{Link, LinkError, Security};
+use crate::pager::engine::Message;
+use crate::pager::remote::{chain, lock};
+use crate::pager::{Destination, PagerConfig, PagerHandle, io_error};
+
+/// Pauses between two attempts to reach the target again: the first, and the longest.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Longest time for an answer of the engine.
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often a thread that waits for its turn looks.
+const LOOK: Duration = Duration::from_millis(2);
+/// Time for the guest to get going on the target before the bulk of what is behind follows: its first
+/// steps need the processors and the link more than anything.
+const HEAD_START: Duration = Duration::from_millis(40);
+
+/// Figures of an export, shared by its threads.
+#[derive(Debug, Default)]
+struct Counts {
+    sent: AtomicU64,
+    zeros: AtomicU64,
+    sent_after: AtomicU64,
+    demanded: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// Keeps several threads within one bound of bytes a second.
+#[derive(Debug)]
+struct Pacer {
+    bytes_per_s: Option<u64>,
+    next: Mutex<Instant>,
+}
+
+impl Pacer {
+    fn new(bytes_per_s: Option<u64>) -> Self {
+        Self { bytes_per_s, next: Mutex::new(Instant::now()) }
+    }
+
+    /// Waits until these bytes may be sent.
+    fn take(&self, bytes: u64) {
+        let Some(rate) = self.bytes_per_s else { return };
+        let due = {
+            let mut next = lock(&self.next);
+            let due = (*next).max(Instant::now());
+            *next = due + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+            due
+        };
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+    }
+}
+
+/// What is behind, and the order in which it goes.
+#[derive(Debug)]
+struct Outgoing {
+    pages: u64,
+    pending: AtomicBitmap,
+    order: Mutex<Arc<Vec<u64>>>,
+    cursor: AtomicUsize,
+    /// So many of the first pages of the order go at once, the others once the guest runs.
+    hot: AtomicUsize,
+    /// When the others may go.
+    released: Mutex<Option<Instant>>,
+    unique: AtomicU64,
+}
+
+impl Outgoing {
+    fn new(pages: u64) -> Self {
+        Self {
+            pages,
+            pending: AtomicBitmap::new(pages),
+            order: Mutex::default(),
+            cursor: AtomicUsize::new(0),
+            hot: AtomicUsize::new(0),
+            released: Mutex::new(None),
+            unique: AtomicU64::new(0),
+        }
+    }
+
+    fn set(&self, behind: Vec<u64>, hot: usize) {
+        self.pending.clear_range(0..self.pages);
+        behind.iter().for_each(|&page| {
+            self.pending.set(page);
+        });
+        self.cursor.store(0, Ordering::SeqCst);
+        self.hot.store(hot, Ordering::SeqCst);
+        *lock(&self.order) = Arc::new(behind);
+    }
+
+    fn may_go(&self, position: usize) -> bool {
+        position < self.hot.load(Ordering::SeqCst)
+            || lock(&self.released).is_some_and(|at| at <= Instant::now())
+    }
+
+    /// The next pages to send, for whoever asks; none if they are not to go yet.
+    fn next(&self) -> Next {
+        let order = lock(&self.order).clone();
+        let position = self.cursor.load(Ordering::SeqCst);
+        if position >= order.len() {
+            return Next::End;
+        }
+        if !self.may_go(position) {
+            return Next::Later;
+        }
+        let position = self.cursor.fetch_add(FRAME_PAGES_MAX, Ordering::SeqCst);
+        let end = (position + FRAME_PAGES_MAX).min(order.len());
+        let Some(batch) = order.get(position..end) else { return Next::End };
+        let mut batch: Vec<u64> =
+            batch.iter().copied().filter(|&page| self.pending.clear(page)).collect();
+        batch.sort_unstable();
+        Next::Pages(batch)
+    }
+}
+
+enum Next {
+    Pages(Vec<u64>),
+    Later,
+    End,
+}
+
+/// The connections of one attempt.
+struct Links {
+    lead: Link,
+    demand: Link,
+    bulk: Vec<Link>,
+}
+
+/// What an export needs of the pager that it belongs to, or that it goes on for.
+#[derive(Debug, Clone)]
+struct Context {
+    region: RegionId,
+    ram: Arc<File>,
+    destination: Destination,
+    security: Security,
+}
+
+impl Context {
+    fn connect(&self, role: Role) -> Result<Link, LinkError> {
+        let Destination { address, ticket } = &self.destination;
+        Ok(Link::connect(address, role, *ticket, &self.security)?.0)
+    }
+
+    fn connect_data(&self) -> Result<(Link, Vec<Link>), LinkError> {
+        let bulk = (0..BULK_LINKS).map(|_| self.connect(Role::HandoverBulk));
+        let bulk = bulk.collect::<Result<_, _>>()?;
+        Ok((self.connect(Role::HandoverDemand)?, bulk))
+    }
+
+    fn begin(&self, switched: bool) -> Result<Link, LinkError> {
+        let mut lead = self.connect(Role::Handover)?;
+        let begin = serde_json::to_vec(&Begin { switched }).expect("plain data");
+        encode_message(self.region, Tag::Begin, &begin, lead.output());
+        lead.flush_blocking()?;
+        Ok(lead)
+    }
+}
+
+/// State of an export that its threads share.
+#[derive(Debug)]
+struct State {
+    context: Context,
+    counts: Counts,
+    pacer: Pacer,
+    outgoing: Outgoing,
+    stage: Mutex<(ExportStage, Option<String>)>,
+    ended: AtomicBool,
+    /// Of the connections in use.
+    sockets: Mutex<Arc<Vec<OwnedFd>>>,
+}
+
+fn shut(sockets: &[OwnedFd]) {
+    for socket in sockets {
+        let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+    }
+}
+
+/// A VM's memory on its way to another host.
+pub(in super::super) struct Export {
+    state: Arc<State>,
+    shared: Arc<Shared>,
+    copying: Mutex<Option<(Link, Link, Vec<JoinHandle<Result<Link, LinkError>>>)>>,
+    switched_us: AtomicU64,
+}
+
+fn link_error(what: &str, error: &LinkError) -> ApiError {
+    ApiError::new("target-unreachable", format!("cannot {what}")).detail(chain(error))
+}
+
+impl Export {
+    /// Connects to the target's pager and begins to track what the guest writes.
+    ///
+    /// # Errors
+    /// A target that cannot be reached, an engine that does not answer.
+    pub(in super::super) fn start(
+        handle: &PagerHandle,
+        destination: Destination,
+        bytes_per_s: Option<u64>,
+    ) -> Result<Self, ApiError> {
+        let pages = handle.target.len / PAGE_BYTES as u64;
+        let context = Context {
+            region: handle.region,
+            ram: handle.ram.clone(),
+            destination,
+            security: handle.remote.0.security.clone(),
+        };
+        let state = Arc::new(State {
+            outgoing: Outgoing::new(pages),
+            counts: Counts::default(),
+            pacer: Pacer::new(bytes_per_s),
+            stage: Mutex::new((ExportStage::Copying, None)),
+            ended: AtomicBool::new(false),
+            sockets: Mutex::default(),
+            context,
+        });
+        let reach = |error: LinkError| link_error("reach the target's pager", &error);
+        let lead = state.context.begin(false).map_err(reach)?;
+        let (demand, bulk) = state.context.connect_data().map_err(reach)?;
+        let (work, inboxes): (Vec<_>, Vec<_>) = (0..BULK_LINKS).map(|_| unbounded()).unzip();
+        let shared = Arc::new(Shared::new(pages, work));
+        let tracker = Tracker::new(shared.clone(), handle.target)
+            .map_err(|error| io_error("open the page map", &error))?;
+        handle.send(Message::Track(Some(Box::new(tracker))));
+        let mut threads = Vec::new();
+        for (link, inbox) in bulk.into_iter().zip(inboxes) {
+            let (state, shared) = (state.clone(), shared.clone());
+            let copy = move || copy(&state, &shared, link, &inbox);
+            let thread = std::thread::Builder::new().name("export-copy".into()).spawn(copy);
+            threads.push(thread.map_err(|error| io_error("start a thread", &error))?);
+        }
+        Ok(Self {
+            state,
+            shared,
+            copying: Mutex::new(Some((lead, demand, threads))),
+            switched_us: AtomicU64::new(0),
+        })
+    }
+
+    /// Looks for pages that were written since the last time; with `send`, queues all that the
+    /// target lacks. Returns how many were written.
+    ///
+    /// # Errors
+    /// An engine that does not answer.
+    pub(in super::super) fn look(&self, handle: &PagerHandle, send: bool) -> Result<u64, ApiError> {
+        let (done, answer) = bounded(1);
+        handle.send(Message::Look { send, done });
+        answer
+            .recv_timeout(ENGINE_TIMEOUT)
+            .map_err(|_| ApiError::new("pager-silent", "the pager does not look for written pages"))
+    }
+
+    /// The switch: freezes the machine, tells the target of every page, and serves what is behind.
+    /// The guest stands still.
+    ///
+    /// # Errors
+    /// Done before; a connection that broke; an engine that does not answer.
+    pub(in super::super) fn switch(&self, handle: &PagerHandle) -> Result<(), ApiError> {
+        let begun = Instant::now();
+        let Some((mut lead, demand, threads)) = lock(&self.copying).take() else {
+            return Err(ApiError::new("switched", "the memory was switched already"));
+        };
+        let (done, answer) = bounded(1);
+        handle.send(Message::Switch(done));
+        let last = answer
+            .recv_timeout(ENGINE_TIMEOUT)
+            .map_err(|_| ApiError::new("pager-silent", "the pager does not end its work"))?
+            .map_err(|error| io_error("look for written pages", &error))?;
+        let outgoing = &self.state.outgoing;
+        outgoing.unique.store(last.behind.len() as u64, Ordering::SeqCst);
+        outgoing.set(last.behind, last.hot);
+        let json = serde_json::to_vec(&last.switch).expect("plain data");
+        let mut message = Vec::with_capacity(8 + json.len() + last.records.len());
+        message.extend_from_slice(&(json.len() as u64).to_le_bytes());
+        message.extend_from_slice(&json);
+        message.extend_from_slice(&last.records);
+        encode_message(self.state.context.region, Tag::Switch, &message, lead.output());
+        let broken = |error: LinkError| link_error("send the last list to the target", &error);
+        lead.flush_blocking().map_err(broken)?;
+        let bulk = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err(LinkError::Closed)).map_err(broken));
+        let links = Links { lead, demand, bulk: bulk.collect::<Result<_, _>>()? };
+        *lock(&self.state.stage) = (ExportStage::Switched, None);
+        let state = self.state.clone();
+        std::thread::Builder::new()
+            .name("export-lead".into())
+            .spawn(move || state.follow(Some(links)))
+            .map_err(|error| io_error("start a thread", &error))?;
+        self.switched_us.store(begun.elapsed().as_micros() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The guest runs on the target: all that is behind may go.
+    pub(in super::super) fn release(&self) {
+        *lock(&self.state.outgoing.released) = Some(Instant::now() + HEAD_START);
+    }
+
+    /// All that is behind may go before the guest runs: it waits for that.
+    pub(in super::super) fn release_now(&self) {
+        *lock(&self.state.outgoing.released) = Some(Instant::now());
+    }
+
+    /// The VM stays: the engine goes on as before.
+    pub(in super::super) fn abort(&self, handle: &PagerHandle) {
+        self.state.end(ExportStage::Failed, Some("given up".to_owned()));
+        handle.send(Message::Track(None));
+        handle.send(Message::Event(Event::Freeze { on: false }));
+        if let Some((lead, demand, _)) = lock(&self.copying).take() {
+            lead.shut_down();
+            demand.shut_down();
+        }
+        self.shared.closing.store(true, Ordering::SeqCst);
+        for lane in &self.shared.work {
+            let _ = lane.send(Work::Barrier);
+        }
+    }
+
+    /// Figures.
+    pub(in super::super) fn info(&self) -> ExportInfo {
+        let queued = self.shared.queued.load(Ordering::SeqCst);
+        let copying = lock(&self.copying);
+        let broken = copying.as_ref().is_some_and(|(_, _, threads)| {
+            // They end before the switch only when their connection broke.
+            threads.iter().any(JoinHandle::is_finished)
+        });
+        if broken {
+            self.state.end(ExportStage::Failed, Some("the connection to the target broke".into()));
+        }
+        let switched_us = self.switched_us.load(Ordering::Relaxed);
+        ExportInfo { queued_pages: queued, switched_us, ..self.state.info() }
+    }
+}
+
+/// Goes on with what is behind for a pager that was lost after the switch. Returns when all is there.
+///
+/// # Errors
+/// A RAM file that cannot be opened.
+pub(in super::super) fn follow(config: &PagerConfig) -> Result<Follower, ApiError> {
+    let destination = config.follow.clone().expect("called for a VM that went");
+    let ram = File::open(&config.ram_file)
+        .map_err(|error| io_error(&format!("open {}", config.ram_file.display()), &error))?;
+    let len = ram.metadata().map_err(|error| io_error("look at the RAM file", &error))?.len();
+    let outgoing = Outgoing::new(len / PAGE_BYTES as u64);
+    *lock(&outgoing.released) = Some(Instant::now());
+    let state = Arc::new(State {
+        context: Context {
+            region: config.region,
+            ram: Arc::new(ram),
+            destination,
+            security: Security::load(config.identity.as_deref())?,
+        },
+        counts: Counts::default(),
+        pacer: Pacer::new(None),
+        outgoing,
+        stage: Mutex::new((ExportStage::Switched, None)),
+        ended: AtomicBool::new(false),
+        sockets: Mutex::default(),
+    });
+    let worker = state.clone();
+    std::thread::Builder::new()
+        .name("export-lead".into())
+        .spawn(move || worker.follow(None))
+        .map_err(|error| io_error("start a thread", &error))?;
+    Ok(Follower { state })
+}
+
+/// What is left of a pager whose VM went to another host.
+pub(in super::super) struct Follower {
+    state: Arc<State>,
+}
+
+impl Follower {
+    /// Figures.
+    pub(in super::super) fn info(&self) -> ExportInfo {
+        self.state.info()
+    }
+}
+
+/// Sends what is queued, up to the barrier. Returns the connection for what comes after it.
+fn copy(
+    state: &State,
+    shared: &Shared,
+    mut link: Link,
+    inbox: &Receiver<Work>,
+) -> Result<Link, LinkError> {
+    be_nice();
+    let region = state.context.region;
+    let mut sender = Sender::new(region);
+    loop {
+        let before = link.bytes_sent;
+        match inbox.recv().map_err(|_| LinkError::Closed)? {
+            Work::Pages(pages) => {
+                let count = pages.len() as u64;
+                if !shared.closing.load(Ordering::SeqCst) {
+                    for &page in &pages {
+                        // Before it is read: what is written from here on is seen by the next look.
+                        shared.sent.set(page);
+                        shared.fresh.set(page);
+                    }
+                    let sent = sender.send(&state.context.ram, &pages, &mut link)?;
+                    state.count(sent.pages, sent.zeros);
+                }
+                shared.queued.fetch_sub(count, Ordering::SeqCst);
+            }
+            Work::Drop(pages) => sender.send_drop(&pages, &mut link)?,
+            Work::Barrier => {
+                encode_message(region, Tag::Barrier, &[], link.output());
+                link.flush_blocking()?;
+                state.counts.bytes.fetch_add(link.bytes_sent - before, Ordering::Relaxed);
+                return Ok(link);
+            }
+        }
+        let bytes = link.bytes_sent - before;
+        state.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+        state.pacer.take(bytes);
+    }
+}
+
+impl State {
+    fn count(&self, pages: u64, zeros: u64) {
+        self.counts.sent.fetch_add(pages, Ordering::Relaxed);
+        self.counts.zeros.fetch_add(zeros, Ordering::Relaxed);
+    }
+
+    fn end(&self, stage: ExportStage, reason: Option<String>) {
+        let mut now = lock(&self.stage);
+        if now.0 != ExportStage::Done && now.0 != ExportStage::Failed {
+            *now = (stage, reason);
+        }
+        self.ended.store(true, Ordering::SeqCst);
+        drop(now);
+        shut(&lock(&self.sockets));
+    }
+
+    fn info(&self) -> ExportInfo {
+        let (stage, reason) = lock(&self.stage).clone();
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        ExportInfo {
+            stage,
+            reason,
+            queued_pages: 0,
+            behind_pages: self.outgoing.pending.count(),
+            pages_sent: load(&self.counts.sent),
+            zero_pages: load(&self.counts.zeros),
+            pages_sent_after: load(&self.counts.sent_after),
+            pages_unique_after: load(&self.outgoing.unique),
+            demand_pages: load(&self.counts.demanded),
+            bytes: load(&self.counts.bytes),
+            switched_us: 0,
+        }
+    }
+
+    /// Serves what is behind until the target has all of it, over as many connections as it takes.
+    fn follow(&self, links: Option<Links>) {
+        let mut links = links;
+        let mut pause = RETRY.0;
+        while !self.ended.load(Ordering::SeqCst) {
+            let outcome = match links.take() {
+                Some(links) => self.serve(links),
+                None => self.reconnect().and_then(|links| self.serve(links)),
+            };
+            match outcome {
+                Ok(()) => {
+                    tracing::info!("the target has everything");
+                    self.end(ExportStage::Done, None);
+                    return;
+                }
+                Err(error) => {
+                    let mut stage = lock(&self.stage);
+                    if stage.0 == ExportStage::Switched {
+                        tracing::warn!("the target is away: {}", chain(&error));
+                        stage.1 = Some(format!("the target is away: {}", chain(&error)));
+                    }
+                }
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(RETRY.1);
+        }
+    }
+
+    fn reconnect(&self) -> Result<Links, LinkError> {
+        let mut lead = self.context.begin(true)?;
+        lead.set_timeout(Some(ENGINE_TIMEOUT))?;
+        let (tag, bytes) = read_message(&mut lead)?;
+        lead.set_timeout(None)?;
+        if tag != Tag::Pending {
+            return Err(LinkError::Unexpected { found: Kind::Blob });
+        }
+        let mut behind = Vec::new();
+        for run in PageRecords::new(&bytes, self.outgoing.pages) {
+            let (pages, record) = run.map_err(std::io::Error::other)?;
+            if matches!(record, PageRecord::Behind(_)) {
+                behind.extend(pages);
+            }
+        }
+        if self.outgoing.unique.load(Ordering::SeqCst) == 0 {
+            self.outgoing.unique.store(behind.len() as u64, Ordering::SeqCst);
+        }
+        self.outgoing.set(behind, 0);
+        let (demand, bulk) = self.context.connect_data()?;
+        lock(&self.stage).1 = None;
+        Ok(Links { lead, demand, bulk })
+    }
+
+    /// Serves over these connections until all is there, or one of them breaks.
+    fn serve(&self, links: Links) -> Result<(), LinkError> {
+        let Links { mut lead, demand, bulk } = links;
+        let mut sockets = Vec::new();
+        for link in [&lead, &demand].into_iter().chain(&bulk) {
+            sockets.push(link.as_fd().try_clone_to_owned()?);
+        }
+        let sockets = Arc::new(sockets);
+        *lock(&self.sockets) = sockets.clone();
+        if self.ended.load(Ordering::SeqCst) {
+            return Err(LinkError::Closed);
+        }
+        let (begin_in, begin_out) = (lead.bytes_received, lead.bytes_sent);
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut demand = demand;
+                if let Err(error) = self.answer_demands(&mut demand) {
+                    tracing::debug!("demand connection: {}", chain(&error));
+                    shut(&sockets);
+                }
+            });
+            for link in bulk {
+                let sockets = &sockets;
+                scope.spawn(move || {
+                    let mut link = link;
+                    if let Err(error) = self.push(&mut link) {
+                        tracing::debug!("bulk connection: {}", chain(&error));
+                        shut(sockets);
+                    }
+                });
+            }
+            let outcome = self.lead(&mut lead);
+            shut(&sockets);
+            outcome
+        });
+        let bytes = lead.bytes_received - begin_in + lead.bytes_sent - begin_out;
+        self.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+        outcome
+    }
+
+    fn lead(&self, lead: &mut Link) -> Result<(), LinkError> {
+        lead.set_timeout(None)?;
+        loop {
+            match read_message(lead)?.0 {
+                Tag::Applied => {}
+                Tag::Done => return Ok(()),
+                _ => return Err(LinkError::Unexpected { found: Kind::Blob }),
+            }
+        }
+    }
+
+    /// Sends what is behind, in order.
+    fn push(&self, link: &mut Link) -> Result<(), LinkError> {
+        be_nice();
+        let mut sender = Sender::new(self.context.region);
+        loop {
+            match self.outgoing.next() {
+                Next::Pages(pages) if pages.is_empty() => {}
+                Next::Pages(pages) => {
+                    let before = link.bytes_sent;
+                    let sent = sender.send(&self.context.ram, &pages, link)?;
+                    let bytes = link.bytes_sent - before;
+                    self.count(sent.pages, sent.zeros);
+                    self.counts.sent_after.fetch_add(sent.pages, Ordering::Relaxed);
+                    self.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+                    self.pacer.take(bytes);
+                }
+                Next::Later if self.ended.load(Ordering::SeqCst) => return Err(LinkError::Closed),
+                Next::Later => std::thread::sleep(LOOK),
+                Next::End => return Ok(()),
+            }
+        }
+    }
+
+    /// Sends the pages that the target's guest waits for, unless they are on their way.
+    fn answer_demands(&self, link: &mut Link) -> Result<(), LinkError> {
+        let mut sender = Sender::new(self.context.region);
+        let mut pages = Vec::with_capacity(FRAME_PAGES_MAX);
+        loop {
+            while !link.has_frame()? {
+                link.receive_blocking()?;
+            }
+            pages.clear();
+            while pages.len() < FRAME_PAGES_MAX / 2
+                && let Some((header, body)) = link.next_frame()?
+            {
+                let Body::Pages(list) = body else {
+                    return Err(LinkError::Unexpected { found: header.kind });
+                };
+                let asked = list.entries().iter().map(|entry| entry.page().0);
+                let mine = asked.filter(|&page| {
+                    page < self.outgoing.pages && self.outgoing.pending.clear(page)
+                });
+                pages.extend(mine);
+            }
+            let before = (link.bytes_sent, link.bytes_received);
+            for batch in pages.chunks(FRAME_PAGES_MAX) {
+                let sent = sender.send(&self.context.ram, batch, link)?;
+                self.count(sent.pages, sent.zeros);
+                self.counts.sent_after.fetch_add(sent.pages, Ordering::Relaxed);
+                self.counts.demanded.fetch_add(sent.pages, Ordering::Relaxed);
+            }
+            let bytes = link.bytes_sent - before.0 + 104 * pages.len() as u64;
+            self.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+}

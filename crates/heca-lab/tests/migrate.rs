@@ -1,0 +1,130 @@
+//! Guests that move between hosts while they work on their memory.
+#![allow(clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use heca_api::{MigrationInfo, MigrationPhase, VmInfo, VmState};
+use heca_lab::{AgentOptions, Console, GuestImage, Lab, find_kernel, heca_binary};
+
+static SERIAL: Mutex<()> = Mutex::new(());
+
+/// Hosts 1 and 2 run VMs and take them in; 3 and 4 lend memory.
+struct Rig {
+    lab: Lab,
+    kernel: String,
+    initrd: String,
+    qemu: Option<PathBuf>,
+    _serial: MutexGuard<'static, ()>,
+}
+
+impl Rig {
+    fn new(qemu: Option<PathBuf>) -> Self {
+        let serial = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lab = Lab::new(4).unwrap();
+        for number in 1..=4 {
+            let listen = format!("{}:7902", lab.host(number).address());
+            let options = AgentOptions {
+                offer: if number > 2 { "1G".to_owned() } else { String::new() },
+                arguments: match number {
+                    1 | 2 => vec!["--migration-listen".to_owned(), listen],
+                    _ => vec![],
+                },
+                ..AgentOptions::default()
+            };
+            lab.host(number).start_agent(&options).unwrap();
+        }
+        let initrd = lab.dir().join("initrd");
+        let mut image = GuestImage::new().unwrap();
+        image.stripped_program("heca", &heca_binary().unwrap(), lab.dir()).unwrap();
+        let init = "echo guest: up\n/bin/heca hammer --size 96M --threads 2\n\
+                    echo guest: hammer ended\nwhile :; do sleep 1; done\n";
+        image.write(init, &initrd).unwrap();
+        let kernel = find_kernel().unwrap().to_string_lossy().into_owned();
+        let initrd = initrd.to_string_lossy().into_owned();
+        Self { lab, kernel, initrd, qemu, _serial: serial }
+    }
+
+    fn start(&mut self, local: &str) {
+        let sponsors = [self.lab.host(3).sponsor(), self.lab.host(4).sponsor()];
+        let qemu = self.qemu.as_ref().map(|qemu| qemu.to_string_lossy().into_owned());
+        let mut arguments = vec!["vm", "run", "g", "--memory", "256M", "--local", local];
+        arguments.extend(["--kernel", &self.kernel, "--initrd", &self.initrd]);
+        arguments.extend(["--append", "console=ttyS0 quiet panic=-1"]);
+        for sponsor in &sponsors {
+            arguments.extend(["--sponsor", sponsor]);
+        }
+        if let Some(qemu) = &qemu {
+            arguments.extend(["--qemu", qemu]);
+        }
+        self.lab.host(1).heca_ok(&arguments).unwrap();
+        self.wait_for_reports(1, 3);
+    }
+
+    /// Waits until the guest on a host has made some more reports of its work, and fails if
+    /// anything in them is wrong.
+    fn wait_for_reports(&mut self, host: usize, count: usize) {
+        let log = self.vm(host).console_log;
+        let mut console = Console::new(&log);
+        console.poll();
+        let before = console.samples().len();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while console.samples().len() < before + count {
+            console.poll();
+            assert!(console.complaints().is_empty(), "{:?}", console.complaints());
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            assert!(Instant::now() < deadline, "the guest is silent: {text}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(console.last().unwrap().wrong_bytes, 0);
+    }
+
+    fn vm(&mut self, host: usize) -> VmInfo {
+        self.lab.host(host).vm("g").unwrap()
+    }
+
+    fn migrate(&mut self, from: usize, to: usize, arguments: &[&str]) -> MigrationInfo {
+        let address = self.lab.host(to).address().to_owned();
+        let all = [&["vm", "migrate", "g", "--to", &address, "--json"], arguments].concat();
+        let output = self.lab.host(from).heca(&all).unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let info: MigrationInfo =
+            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text} {errors}"));
+        let log = |lab: &mut Lab, host| {
+            std::fs::read_to_string(lab.host(host).agent_log()).unwrap_or_default()
+        };
+        assert_eq!(
+            info.phase,
+            MigrationPhase::Completed,
+            "{info:#?}\nsource: {}\ntarget: {}",
+            log(&mut self.lab, from),
+            log(&mut self.lab, to)
+        );
+        info
+    }
+
+    /// Moves the guest, and sees that it runs there and nowhere else.
+    fn moves(&mut self, from: usize, to: usize, arguments: &[&str]) -> MigrationInfo {
+        let info = self.migrate(from, to, arguments);
+        assert_eq!(self.vm(to).state, VmState::Running);
+        assert!(self.lab.host(from).vm("g").is_err(), "the VM is left behind");
+        self.wait_for_reports(to, 3);
+        eprintln!("{} {arguments:?}: {:?}", info.mode.name(), info.report);
+        info
+    }
+}
+
+#[test]
+fn a_guest_moves_in_every_mode_of_heca_and_reads_what_it_wrote() {
+    let mut rig = Rig::new(None);
+    rig.start("256M");
+    let info = rig.moves(1, 2, &["--mode", "hybrid"]);
+    assert!(info.report.rounds >= 2 && info.report.pages_sent > 10_000, "{info:?}");
+    let info = rig.moves(2, 1, &["--mode", "postcopy"]);
+    assert_eq!(info.report.pages_sent_after, info.report.pages_unique_after, "{info:?}");
+    assert!(info.report.pages_unique_after > 10_000, "{info:?}");
+    let info = rig.moves(1, 2, &["--mode", "precopy"]);
+    assert!(info.report.rounds >= 2, "{info:?}");
+}
