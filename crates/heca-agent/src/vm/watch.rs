@@ -44,8 +44,8 @@ pub(super) fn watch(vm: &Arc<Vm>) {
             let handover = lock(&vm.record).as_ref().and_then(|record| record.handover.clone());
             match handover.map(|handover| (handover.state, handover.pager)) {
                 None => {
-                    if lock(&vm.record).as_ref().is_some_and(|record| record.pager.is_none()) {
-                        // QEMU brought its memory here, and some of it is still on its way.
+                    if pager.is_none() && *lock(&vm.state) == VmState::Running {
+                        // QEMU brought its memory here, and it gets its first pager just now.
                         std::thread::sleep(LOOK);
                         continue;
                     }

@@ -239,6 +239,9 @@ impl Export {
         let reach = |error: LinkError| link_error("reach the target's pager", &error);
         let lead = state.context.begin(false).map_err(reach)?;
         let (demand, bulk) = state.context.connect_data().map_err(reach)?;
+        for link in [&lead, &demand].into_iter().chain(&bulk) {
+            state.count_bytes(link, (0, 0));
+        }
         let (work, inboxes): (Vec<_>, Vec<_>) = (0..BULK_LINKS).map(|_| unbounded()).unzip();
         let shared = Arc::new(Shared::new(pages, work));
         let tracker = Tracker::new(shared.clone(), handle.target)
@@ -298,7 +301,9 @@ impl Export {
         message.extend_from_slice(&last.records);
         encode_message(self.state.context.region, Tag::Switch, &message, lead.output());
         let broken = |error: LinkError| link_error("send the last list to the target", &error);
+        let before = (lead.bytes_received, lead.bytes_sent);
         lead.flush_blocking().map_err(broken)?;
+        self.state.count_bytes(&lead, before);
         let bulk = threads
             .into_iter()
             .map(|thread| thread.join().unwrap_or_else(|_| Err(LinkError::Closed)).map_err(broken));
@@ -445,6 +450,12 @@ impl State {
         self.counts.zeros.fetch_add(zeros, Ordering::Relaxed);
     }
 
+    /// Counts what a connection carried since it had carried that many bytes in and out.
+    fn count_bytes(&self, link: &Link, (received, sent): (u64, u64)) {
+        let bytes = link.bytes_received - received + link.bytes_sent - sent;
+        self.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     fn end(&self, stage: ExportStage, reason: Option<String>) {
         let mut now = lock(&self.stage);
         if now.0 != ExportStage::Done && now.0 != ExportStage::Failed {
@@ -521,6 +532,9 @@ impl State {
         }
         self.outgoing.set(behind, 0);
         let (demand, bulk) = self.context.connect_data()?;
+        for link in [&lead, &demand].into_iter().chain(&bulk) {
+            self.count_bytes(link, (0, 0));
+        }
         lock(&self.stage).1 = None;
         Ok(Links { lead, demand, bulk })
     }
@@ -537,7 +551,7 @@ impl State {
         if self.ended.load(Ordering::SeqCst) {
             return Err(LinkError::Closed);
         }
-        let (begin_in, begin_out) = (lead.bytes_received, lead.bytes_sent);
+        let before = (lead.bytes_received, lead.bytes_sent);
         let outcome = std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut demand = demand;
@@ -560,8 +574,7 @@ impl State {
             shut(&sockets);
             outcome
         });
-        let bytes = lead.bytes_received - begin_in + lead.bytes_sent - begin_out;
-        self.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.count_bytes(&lead, before);
         outcome
     }
 

@@ -224,7 +224,7 @@ impl Leave {
             }
         }
         let stop = self.with_qmp(|qmp| {
-            let stop = qmp.wait_event("STOP", Duration::ZERO).map_err(|e| failed(&e))?;
+            let stop = qmp.wait_event("STOP", ANSWER_TIMEOUT).map_err(|e| failed(&e))?;
             Ok(stop.time)
         })?;
         // The event's own time is by the wall clock.
