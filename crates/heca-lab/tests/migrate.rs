@@ -163,3 +163,158 @@ fn a_guest_moves_in_every_mode_of_qemu() {
     rig.moves(2, 1, &["--mode", "qemu-postcopy-preempt"]);
     rig.moves(1, 2, &["--mode", "hybrid"]);
 }
+
+impl Rig {
+    fn begin(&mut self, from: usize, to: usize, arguments: &[&str]) {
+        let address = self.lab.host(to).address().to_owned();
+        let all = [&["vm", "migrate", "g", "--to", &address, "--background"], arguments].concat();
+        self.lab.host(from).heca_ok(&all).unwrap();
+    }
+
+    fn migration(&mut self, from: usize) -> MigrationInfo {
+        let text = self.lab.host(from).heca_ok(&["vm", "migration", "g", "--json"]).unwrap();
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn wait_for(
+        &mut self,
+        from: usize,
+        what: &str,
+        done: impl Fn(&MigrationInfo) -> bool,
+    ) -> MigrationInfo {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let info = self.migration(from);
+            if done(&info) {
+                return info;
+            }
+            if Instant::now() > deadline {
+                let log = |lab: &mut Lab, host| {
+                    std::fs::read_to_string(lab.host(host).agent_log()).unwrap_or_default()
+                };
+                let logs = [log(&mut self.lab, 1), log(&mut self.lab, 2)];
+                panic!("no {what}: {info:#?}\n{}\n{}", logs[0], logs[1]);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn wait_for_copying(&mut self, from: usize) {
+        self.wait_for(from, "copying", |info| {
+            info.phase == MigrationPhase::Copying && info.report.pages_sent > 1000
+        });
+    }
+
+    /// The guest goes on on its host as if nothing had happened, and nothing is left on the other.
+    fn stays(&mut self, host: usize, other: usize) {
+        self.wait_for(host, "failure", |info| {
+            matches!(info.phase, MigrationPhase::Failed | MigrationPhase::Cancelled)
+        });
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.vm(host).state != VmState::Running {
+            assert!(Instant::now() < deadline, "{:?}", self.vm(host));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.wait_for_reports(host, 4);
+        while self.lab.host(other).vm("g").is_ok() {
+            assert!(Instant::now() < deadline, "{:?}", self.lab.host(other).vm("g"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn log(&mut self, host: usize, what: &str) -> String {
+        let path = self.lab.host(host).run_dir().join("vms/g").join(what);
+        std::fs::read_to_string(path).unwrap_or_default()
+    }
+}
+
+fn kill(pid: Option<i32>) {
+    let pid = rustix::process::Pid::from_raw(pid.unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+const SLOW: [&str; 2] = ["--bandwidth", "60M"];
+
+#[test]
+fn before_the_switch_every_failure_leaves_the_guest_where_it_is() {
+    let mut rig = Rig::new(None);
+    rig.start("160M");
+    rig.begin(1, 2, &SLOW);
+    rig.wait_for_copying(1);
+    assert_eq!(rig.vm(2).state, VmState::Arriving);
+    let busy = rig.lab.host(1).heca(&["vm", "migrate", "g", "--to", "10.77.0.2"]).unwrap();
+    assert!(String::from_utf8_lossy(&busy.stderr).contains("on its way already"));
+    rig.lab.host(1).heca_ok(&["vm", "migrate-cancel", "g"]).unwrap();
+    rig.stays(1, 2);
+    assert_eq!(rig.migration(1).phase, MigrationPhase::Cancelled);
+
+    for victim in ["qemu", "pager"] {
+        rig.begin(1, 2, &SLOW);
+        rig.wait_for_copying(1);
+        let there = rig.vm(2);
+        kill(if victim == "qemu" { there.qemu_pid } else { there.pager_pid });
+        rig.stays(1, 2);
+    }
+    // The source's own pager: the guest waits for its successor, and stays.
+    rig.begin(1, 2, &SLOW);
+    rig.wait_for_copying(1);
+    kill(rig.vm(1).pager_pid);
+    rig.stays(1, 2);
+    // The target's agent.
+    rig.begin(1, 2, &SLOW);
+    rig.wait_for_copying(1);
+    rig.lab.host(2).kill_agent();
+    rig.lab.host(2).restart_agent().unwrap();
+    rig.stays(1, 2);
+    // The source's agent: its successor finds the guest as it was.
+    rig.begin(1, 2, &SLOW);
+    rig.wait_for_copying(1);
+    rig.lab.host(1).kill_agent();
+    rig.lab.host(1).restart_agent().unwrap();
+    rig.wait_for_reports(1, 4);
+    let deadline = Instant::now() + Duration::from_secs(40);
+    while rig.lab.host(2).vm("g").is_ok() {
+        assert!(Instant::now() < deadline, "the target waits for ever");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    rig.moves(1, 2, &[]);
+}
+
+#[test]
+fn after_the_switch_every_failure_is_waited_out() {
+    let mut rig = Rig::new(None);
+    rig.start("256M");
+    let (mut from, mut to) = (1, 2);
+    for trouble in ["target-pager", "source-pager", "link", "source-agent", "target-agent"] {
+        rig.begin(from, to, &["--mode", "postcopy", "--bandwidth", "20M"]);
+        let following = |info: &MigrationInfo| {
+            info.phase == MigrationPhase::Following && info.report.pages_sent_after > 500
+        };
+        rig.wait_for(from, "following", following);
+        match trouble {
+            "target-pager" => kill(rig.vm(to).pager_pid),
+            "source-pager" => kill(rig.vm(from).pager_pid),
+            "link" => {
+                rig.lab.set_link(from, false).unwrap();
+                std::thread::sleep(Duration::from_secs(2));
+                rig.lab.set_link(from, true).unwrap();
+            }
+            "source-agent" => {
+                rig.lab.host(from).kill_agent();
+                rig.lab.host(from).restart_agent().unwrap();
+            }
+            _ => {
+                rig.lab.host(to).kill_agent();
+                rig.lab.host(to).restart_agent().unwrap();
+            }
+        }
+        rig.wait_for(from, &format!("end after {trouble}"), |info| {
+            info.phase == MigrationPhase::Completed
+        });
+        rig.wait_for_reports(to, 4);
+        let stats = rig.vm(to).pager.unwrap();
+        assert_eq!(stats.gauges.behind_pages, 0, "{trouble}: {}", rig.log(to, "pager.log"));
+        assert!(rig.lab.host(from).vm("g").is_err(), "{trouble}: the VM is left behind");
+        (from, to) = (to, from);
+    }
+}
