@@ -16,7 +16,7 @@ mod signals;
 
 pub use cluster::{Cluster, ClusterOptions, Look};
 pub use console::{Console, Sample};
-pub use guest::{GuestImage, find_kernel};
+pub use guest::{GuestImage, find_appmembench, find_kernel, find_qemu10};
 pub use host::{AgentOptions, Host, heca_binary};
 pub use net::Lab;
 pub use pool::LabPool;
