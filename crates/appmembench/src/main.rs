@@ -5,8 +5,8 @@
 //! It runs inside of a guest that is migrated. Pages of a working set are written in random order,
 //! and each is verified before it is written anew; beside it every byte is verified, slowly. Once a
 //! second a line of JSON tells, for each step of 100 ms, what part of the writes that were asked for
-//! was done. A heartbeat for whoever watches from outside comes from a process of its own
-//! (`--idle --heartbeat auto`, with a higher priority), so that the writes do not delay it.
+//! was done. A heartbeat for whoever watches from outside comes from a thread with the highest
+//! priority, so that the writes do not delay it.
 #![forbid(unsafe_code)]
 
 mod heartbeat;

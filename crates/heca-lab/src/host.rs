@@ -37,10 +37,11 @@ const PORT: u16 = 7900;
 /// The directory that cargo builds into.
 pub(crate) fn target_dir() -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe()?;
-    // target/PROFILE/program, or target/PROFILE/deps/test.
+    // target/PROFILE/program, or target/PROFILE/deps/test. Cargo marks the directory only if it made
+    // it, and `make deps` may have been first.
     program
         .ancestors()
-        .find(|dir| dir.join("CACHEDIR.TAG").exists())
+        .find(|dir| dir.join("CACHEDIR.TAG").exists() || dir.join("lab/qemu10").exists())
         .map(Path::to_owned)
         .context("not run from cargo's target directory")
 }
