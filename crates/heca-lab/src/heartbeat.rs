@@ -112,11 +112,11 @@ impl Heartbeat {
         gap_of(&self.ticks(begun, ended + AFTER_SWITCH), ended)
     }
 
-    /// When the first tick came over another connection than the ticks before.
+    /// When the last tick came over one connection, and the first over the next.
     #[must_use]
-    pub fn switch(&self, begun: Instant, ended: Instant) -> Option<Instant> {
+    pub fn switch(&self, begun: Instant, ended: Instant) -> Option<(Instant, Instant)> {
         let ticks = self.ticks(begun, ended + AFTER_SWITCH);
-        switch_of(&ticks).map(|position| ticks[position].at)
+        switch_of(&ticks).map(|position| (ticks[position - 1].at, ticks[position].at))
     }
 }
 

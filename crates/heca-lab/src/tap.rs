@@ -5,7 +5,7 @@
 //! writes comes from the one that runs it.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -63,12 +63,17 @@ impl Tap {
         &self.path
     }
 
-    /// Sends to the guest, through the QEMU that it was heard from last.
+    /// Sends to the guest, through the QEMU that it was heard from last; through the newest one, if
+    /// that one is gone.
     pub(crate) fn send(&self, bytes: &[u8]) -> anyhow::Result<()> {
-        let mut connections = lock(&self.connections);
-        let active = connections.active.context("the guest said nothing yet")?;
-        let stream = connections.streams.get_mut(&active).context("QEMU is gone")?;
-        Ok(stream.write_all(bytes)?)
+        let connections = lock(&self.connections);
+        let active = connections.active.and_then(|active| connections.streams.get(&active));
+        let newest = || connections.streams.values().next_back();
+        let stream = active.or_else(newest).context("no QEMU is connected")?;
+        // Not `write`: a QEMU that is gone must not end this process by a signal.
+        let sent = rustix::net::send(stream, bytes, rustix::net::SendFlags::NOSIGNAL)?;
+        anyhow::ensure!(sent == bytes.len(), "QEMU takes nothing in");
+        Ok(())
     }
 }
 
