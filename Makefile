@@ -5,6 +5,11 @@ CARGO ?= cargo
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS = frames join_token qmp store_files
 
+# Guests have no libraries: what runs in them is linked statically, for which cargo wants a triple.
+HOST_TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
+GUEST_PROGRAMS = RUSTFLAGS="-C target-feature=+crt-static" \
+  $(CARGO) build --release --locked -p appmembench --target $(HOST_TRIPLE)
+
 .PHONY: all deps build test lint unit demo chaos bench sim fuzz clean help
 
 all: build
@@ -12,11 +17,12 @@ all: build
 help: ## Show the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-deps: ## Install what the demo and the tests need (QEMU, a guest kernel, busybox, mbw, iproute2)
+deps: ## Install what the demo and the tests need (QEMU, a guest kernel, busybox, mbw, iproute2); unpack QEMU 10
 	scripts/install-deps.sh
 
 build: ## Build the programs
 	$(CARGO) build --release --locked -p heca -p heca-lab
+	$(GUEST_PROGRAMS)
 
 lint: ## Formatting, lints, rules of the tree
 	$(CARGO) fmt --all --check
@@ -25,6 +31,7 @@ lint: ## Formatting, lints, rules of the tree
 
 unit: deps ## All tests
 	$(CARGO) build --locked --workspace --bins
+	$(GUEST_PROGRAMS)
 	$(CARGO) test --locked --workspace --no-fail-fast
 
 test: deps lint unit ## Install, build, lint and run all tests

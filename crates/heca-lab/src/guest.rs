@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
 use crate::cpio::Archive;
 
@@ -36,6 +36,33 @@ pub fn find_kernel() -> anyhow::Result<PathBuf> {
         }
     }
     bail!("no guest kernel: run `make deps`, or name one in HECA_KERNEL")
+}
+
+/// A QEMU of version 10: `HECA_QEMU10`, or the one that `make deps` unpacks below `target/lab`.
+///
+/// # Errors
+/// Neither is there.
+pub fn find_qemu10() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("HECA_QEMU10") {
+        return Ok(path.into());
+    }
+    let path = crate::host::target_dir()?.join("lab/qemu10/qemu-system-x86_64");
+    ensure!(path.is_file(), "no QEMU 10: run `make deps`, or name one in HECA_QEMU10");
+    Ok(path)
+}
+
+/// The guest program `appmembench`: `HECA_APPMEMBENCH`, or the one that `make build` builds.
+///
+/// # Errors
+/// Neither is there.
+pub fn find_appmembench() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("HECA_APPMEMBENCH") {
+        return Ok(path.into());
+    }
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let path = crate::host::target_dir()?.join(triple).join("release/appmembench");
+    ensure!(path.is_file(), "no appmembench: run `make build`, or name one in HECA_APPMEMBENCH");
+    Ok(path)
 }
 
 /// An initial RAM disk under construction.

@@ -5,18 +5,23 @@
 //! panics: processes, namespaces, files on tmpfs. Needs root and iproute2.
 #![forbid(unsafe_code)]
 
+mod appmembench;
 mod cluster;
 mod console;
 mod cpio;
 mod guest;
+mod heartbeat;
 mod host;
 mod net;
 mod pool;
 mod signals;
+mod tap;
 
+pub use appmembench::{Appmembench, Figures, Line};
 pub use cluster::{Cluster, ClusterOptions, Look};
 pub use console::{Console, Sample};
-pub use guest::{GuestImage, find_kernel};
+pub use guest::{GuestImage, find_appmembench, find_kernel, find_qemu10};
+pub use heartbeat::{AFTER_SWITCH, Gap, Heartbeat, Tick};
 pub use host::{AgentOptions, Host, heca_binary};
 pub use net::Lab;
 pub use pool::LabPool;

@@ -121,7 +121,7 @@ impl Lab {
         run("ip", &["-n", from.namespace(), "route", verb, "blackhole", &address])
     }
 
-    /// Bounds what a host sends, in Mbit/s, or lifts the bound.
+    /// Bounds what a host sends, in Mbit/s, or lifts the bound. Fast links have short queues.
     ///
     /// # Errors
     /// Those of `tc`.
@@ -130,7 +130,12 @@ impl Lab {
         match mbit_s {
             Some(mbit_s) => {
                 let rate = format!("{mbit_s}mbit");
-                let tbf = ["tbf", "rate", &rate, "burst", "64kb", "latency", "400ms"];
+                let (burst, latency) = match mbit_s {
+                    // What comes between two looks of the kernel at the bucket must fit into it.
+                    1000.. => (format!("{}kb", mbit_s / 5), "4ms"),
+                    _ => ("64kb".to_owned(), "400ms"),
+                };
+                let tbf = ["tbf", "rate", &rate, "burst", &burst, "latency", latency];
                 let add = ["-n", namespace, "qdisc", "add", "dev", "eth0", "root"];
                 run("tc", &[&add[..], &tbf[..]].concat())
             }

@@ -605,6 +605,8 @@ pub enum Experiment {
     /// Latency of a remote fault beside the floors it stands on: a local fault handler and a TCP
     /// round trip.
     Fault(FaultArguments),
+    /// How long a guest stands still when it is moved, beside QEMU's own ways to move it.
+    Migrate(crate::bench::migrate::MigrateArguments),
 }
 
 #[derive(Debug, Args)]

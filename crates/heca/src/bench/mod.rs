@@ -1,6 +1,7 @@
 //! `heca bench`: each experiment measures Heca and what it is compared with in one run.
 
 mod fault;
+pub mod migrate;
 mod sponsor;
 pub mod target;
 
@@ -14,6 +15,7 @@ use crate::cli::{BenchArguments, Experiment};
 pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     match &arguments.experiment {
         Experiment::Fault(arguments) => fault::run(arguments),
+        Experiment::Migrate(arguments) => migrate::run(arguments),
     }
 }
 
