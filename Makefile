@@ -10,12 +10,12 @@ HOST_TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 GUEST_PROGRAMS = RUSTFLAGS="-C target-feature=+crt-static" \
   $(CARGO) build --release --locked -p appmembench --target $(HOST_TRIPLE)
 
-.PHONY: all deps build test lint unit demo chaos bench sim fuzz clean help
+.PHONY: all deps build test lint unit demo chaos bench bench-migrate sim fuzz clean help
 
 all: build
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 deps: ## Install what the demo and the tests need (QEMU, a guest kernel, busybox, mbw, iproute2); unpack QEMU 10
 	scripts/install-deps.sh
@@ -44,6 +44,9 @@ chaos: deps build ## Faults of every kind under a guest that verifies its memory
 
 bench: deps build ## Latency of remote faults beside its floors
 	target/release/heca bench fault
+
+bench-migrate: deps build ## How long a guest stands still when it is moved, beside QEMU's own ways (8 minutes)
+	target/release/heca bench migrate --quick
 
 sim: build ## The state machines in a simulated world: every scenario, 2000 seeds each
 	target/release/heca sim --scenario all --seeds 1..2000

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 const WIDTH: f64 = 900.0;
-const HEIGHT: f64 = 480.0;
+const HEIGHT: f64 = 520.0;
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 880.0;
 const TOP: f64 = 60.0;
