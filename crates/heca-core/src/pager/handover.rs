@@ -10,7 +10,7 @@
 use heca_types::{PageIndex, PageVersion};
 
 use super::machine::{DIRTY, Pager, State, WANTED, ZERO};
-use super::{Action, Unmapped};
+use super::{Action, Mutation, Unmapped};
 
 /// Where a page's content is, for the region's next owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +123,9 @@ impl Pager {
     /// Whoever tracks writes has taken the kernel's marks that these pages were written since they
     /// were stored: they are kept here, so that eviction does not take the pages for clean.
     pub fn written(&mut self, pages: std::ops::Range<u64>) {
+        if self.config.mutation == Some(Mutation::WrittenForgets) {
+            return;
+        }
         for p in &mut self.pages[pages.start as usize..pages.end as usize] {
             if matches!(p.state, State::Resident | State::Unmapping) {
                 p.flags |= DIRTY;
