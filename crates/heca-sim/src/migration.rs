@@ -3,7 +3,7 @@
 //! nothing.
 
 use heca_core::handover::{PageRecord, encode_records};
-use heca_core::invariants::PG_2;
+use heca_core::invariants::{PG_2, PG_5};
 use heca_core::pager::{Event, Holding, Pager};
 use heca_types::{ExtentIndex, PageIndex};
 
@@ -19,6 +19,8 @@ use crate::world::World;
 
 /// Ticks in which everything must be stored, for a guest that stands still.
 const FLUSH_TICKS: u64 = 3_000;
+/// As before, in a world without trouble.
+const REST_TICKS: u64 = 50_000;
 /// Ticks in which the target must have loaded the guest's state.
 const LOAD_TICKS: u64 = 3_000;
 
@@ -86,7 +88,7 @@ impl World {
             safe,
             phase: Phase::Copying,
             until: 0,
-            tracker: Tracker::new(slots),
+            tracker: Tracker::new(slots, &mut self.rng),
             prepared: Kernel::new(slots, self.kernel.wp_async()),
             list: Vec::new(),
             extents: Vec::new(),
@@ -96,7 +98,8 @@ impl World {
             emptied: 0,
             following: Following::new(slots),
         }));
-        self.enter(Phase::Copying, 10, 700);
+        let most = self.rng.pick(&[100, 700, 700, 3000]);
+        self.enter(Phase::Copying, 10, most);
         if safe {
             return self.deliver(Event::Flush { on: true }.into());
         }
@@ -131,6 +134,7 @@ impl World {
                 self.guest.stopped = true;
                 if safe { self.enter(Phase::Flushing, 0, 0) } else { self.hand_list_over()? }
             }
+            Phase::Copying if safe => {}
             Phase::Copying => self.copy_turn(),
             Phase::Flushing if self.pager.unflushed() == 0 => self.hand_list_over()?,
             Phase::Flushing if late > FLUSH_TICKS => self.abort_migration(),
@@ -140,6 +144,32 @@ impl World {
             Phase::Loading if over && self.guest.is_loaded() => return self.commit(),
             Phase::Loading if late > LOAD_TICKS => self.abort_migration(),
             Phase::Loading | Phase::Following => return self.following_turn(),
+        }
+        Ok(())
+    }
+
+    /// Whether pages are being stored for a migration that keeps them in two places.
+    pub(crate) fn is_flushing(&self) -> bool {
+        let flushes = |m: &Migration| m.safe && matches!(m.phase, Phase::Copying | Phase::Flushing);
+        self.migration.as_ref().is_some_and(|migration| flushes(migration))
+    }
+
+    /// PG-5 for a guest that stands still in a world without trouble: all of it can be stored.
+    pub(crate) fn flush_at_rest(&mut self) -> Check {
+        self.stats.checked(PG_5);
+        self.stats.mark(Mark::FlushedAtRest);
+        self.guest.stopped = true;
+        self.enter(Phase::Copying, 0, 0);
+        let end = self.tick + REST_TICKS;
+        if let Some(migration) = &mut self.migration {
+            migration.until = u64::MAX;
+        }
+        while self.pager.unflushed() > 0 {
+            if self.tick == end {
+                let detail = format!("{} pages are not flushed", self.pager.unflushed());
+                return fail(PG_5, None, detail);
+            }
+            self.turn()?;
         }
         Ok(())
     }

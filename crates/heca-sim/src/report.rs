@@ -91,6 +91,7 @@ marks! {
     Committed => "sim_migrations_committed",
     CommittedSafe => "sim_safe_migrations_committed",
     MigrationDone => "sim_migrations_done",
+    FlushedAtRest => "sim_flushed_at_rest",
     AbortedCopying => "sim_migrations_ended_copying",
     AbortedStopped => "sim_migrations_ended_stopped",
     AbortedLoading => "sim_migrations_ended_loading",

@@ -135,6 +135,7 @@ impl Scenario {
                 "sim_migrations_done",
                 "sim_migrations_committed",
                 "sim_safe_migrations_committed",
+                "sim_flushed_at_rest",
                 "sim_migrations_ended_copying",
                 "sim_migrations_ended_stopped",
                 "sim_migrations_ended_loading",

@@ -117,6 +117,8 @@ impl World {
                 journal.behind[slot] = matches!(record, PageRecord::Behind(_));
                 if !matches!(record, PageRecord::Sent(_)) {
                     kernel.punch(slot);
+                } else if kernel.frame(slot).content.is_none() {
+                    return Err(format!("{page} was told as sent, and is not here"));
                 }
                 // A page that is lost is lost to the next owner, too.
                 if self.kernel.frame(slot).poisoned {

@@ -8,9 +8,11 @@ use crate::history::What;
 use crate::kernel::Kernel;
 use crate::migration::Phase;
 use crate::report::Mark;
+use crate::rng::Rng;
 use crate::world::World;
 
-const PAGES_PER_TURN: usize = 24;
+/// Steps that a fast sender does in one turn, and pages that arrive.
+const STEPS_MAX: usize = 24;
 
 /// What travels to the target, in order.
 #[derive(Debug, Clone, Copy)]
@@ -52,17 +54,20 @@ pub(crate) struct Tracker {
     queued: Vec<bool>,
     queue: VecDeque<usize>,
     sending: Option<Sending>,
+    /// Steps that the sender does in one turn at most: its bandwidth.
+    pace: usize,
     pub(crate) wire: VecDeque<Parcel>,
 }
 
 impl Tracker {
-    pub(crate) fn new(slots: usize) -> Self {
+    pub(crate) fn new(slots: usize, rng: &mut Rng) -> Self {
         Self {
             fresh: vec![false; slots],
             sent: vec![false; slots],
             queued: vec![false; slots],
             queue: VecDeque::new(),
             sending: None,
+            pace: if rng.one_in(2) { STEPS_MAX } else { rng.range(1, STEPS_MAX) },
             wire: VecDeque::new(),
         }
     }
@@ -187,12 +192,13 @@ impl World {
         match self.rng.below(8) {
             0 => self.scan(),
             1..5 => {
-                for _ in 0..self.rng.range(1, PAGES_PER_TURN) {
+                let pace = self.migration.as_ref().map_or(1, |m| m.tracker.pace);
+                for _ in 0..self.rng.range(1, pace) {
                     self.send_ahead();
                 }
             }
             _ => {
-                let count = self.rng.range(1, PAGES_PER_TURN);
+                let count = self.rng.range(1, STEPS_MAX);
                 let Some(migration) = &mut self.migration else { return };
                 for _ in 0..count {
                     let Some(parcel) = migration.tracker.wire.pop_front() else { break };

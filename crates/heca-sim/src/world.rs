@@ -302,10 +302,15 @@ impl World {
         if self.pager_is_dead() {
             self.recover()?;
         }
-        if self.phase().is_some_and(|phase| phase != Phase::Following) {
+        let flushes = self.is_flushing();
+        if !flushes && self.phase().is_some_and(|phase| phase != Phase::Following) {
             self.abort_migration();
         }
         self.restart_all();
+        if flushes {
+            self.flush_at_rest()?;
+            self.abort_migration();
+        }
         let end = self.tick + HEAL_TICKS;
         let mut idle_ticks = 0;
         let at_rest = |world: &Self| world.guest.at_rest() && world.migration.is_none();
