@@ -169,6 +169,8 @@ impl World {
             node.emptied_untold |= migration.emptied_before >> sponsor & 1 == 1;
         }
         self.migration = Some(migration);
+        // What the source has of a page that it told as remote does not come along.
+        (0..self.params.slots.len()).for_each(|slot| self.recount_lost(slot));
         self.note(None, crate::history::What::Migration(Phase::Loading));
         self.deliver(Event::Freeze { on: true }.into())?;
         self.meet_sponsors()
@@ -318,6 +320,9 @@ impl World {
         self.stats.add_counters(self.pager.counters());
         self.actions_left = None;
         self.swap_host(&mut source);
+        for slot in 0..self.params.slots.len() {
+            self.oracle.lost[slot] &= !self.is_local(slot);
+        }
         for sponsor in 0..self.nodes.len() {
             let name = sponsor as u8;
             let lost = broken >> sponsor & 1 == 1 || !self.nodes[sponsor].alive;
