@@ -5,9 +5,9 @@ use heca_types::PageIndex;
 
 use crate::evictor::Victim;
 use crate::network::{CONTROL, LANES, PULLS, Request};
-use crate::oracle::Failure;
+use crate::oracle::{Check, Failure, fail};
 use crate::params::Rates;
-use crate::report::Mark;
+use crate::report::{Mark, SIM_1};
 use crate::world::World;
 
 impl World {
@@ -18,6 +18,7 @@ impl World {
         action: Action,
         reply: u64,
     ) -> Result<Option<(Install, InstallResult)>, Failure> {
+        self.check_frozen(action)?;
         match action {
             Action::Extent { extent } => {
                 self.extent_changed(extent)?;
@@ -76,11 +77,31 @@ impl World {
                 self.send(to, PULLS, Request::Pull { slot, version, from, attempt });
                 None
             }
-            Action::Extent { .. }
-            | Action::Hold { .. }
-            | Action::Release { .. }
-            | Action::Demand { .. } => None,
+            Action::Demand { .. } => {
+                self.demand(slot);
+                None
+            }
+            Action::Extent { .. } | Action::Hold { .. } | Action::Release { .. } => None,
         })
+    }
+
+    /// Nothing that the next owner was told of changes, here or at the sponsors.
+    fn check_frozen(&self, action: Action) -> Check {
+        if !self.oracle.frozen {
+            return Ok(());
+        }
+        let changes = match action {
+            Action::Unmap { .. }
+            | Action::Punch { .. }
+            | Action::Pull { .. }
+            | Action::Hold { .. } => true,
+            Action::Release { extent, sponsor } => self.is_told(extent, sponsor),
+            _ => false,
+        };
+        if changes {
+            return fail(SIM_1, action_page(action), format!("{action:?} while being handed over"));
+        }
+        Ok(())
     }
 
     fn install(&mut self, slot: usize, what: Install, value: u64, protect: bool) -> InstallResult {
@@ -105,6 +126,9 @@ impl World {
                 self.oracle.lost[slot] = false;
                 self.oracle.spoilt[slot] = false;
                 self.oracle.failed[slot] = 0;
+            }
+            if matches!(what, Install::Copy | Install::Fill | Install::Zero) {
+                self.track_install(slot);
             }
             self.wake_after(slot, what);
         }

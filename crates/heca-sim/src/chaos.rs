@@ -26,6 +26,9 @@ impl World {
             self.fill_memory();
         }
         let rates = self.params.rates.clone();
+        if self.rng.one_in(rates.migrate) {
+            return self.begin_migration();
+        }
         let slot = self.rng.below(self.params.slots.len());
         let sponsor = self.rng.below(self.nodes.len());
         match self.rng.below(23) {
@@ -93,6 +96,9 @@ impl World {
         if self.nodes[sponsor].up {
             self.disconnect(sponsor);
         }
+        if let Some(migration) = &mut self.migration {
+            migration.broken |= u16::from(migration.source.is_some()) << sponsor;
+        }
         self.nodes[sponsor].alive = false;
     }
 
@@ -105,7 +111,7 @@ impl World {
         }
     }
 
-    fn disconnect(&mut self, sponsor: usize) {
+    pub(crate) fn disconnect(&mut self, sponsor: usize) {
         let name = sponsor as u8;
         let node = &mut self.nodes[sponsor];
         node.up = false;
@@ -176,6 +182,12 @@ impl World {
     /// What the owner does on each new connection. Control frames of older connections are
     /// not carried out from here on.
     pub(crate) fn connect(&mut self, sponsor: usize) -> bool {
+        if self.is_loading() {
+            // Not the owner yet: it reads, where the owner's epoch is known.
+            let node = &mut self.nodes[sponsor];
+            node.up = node.epoch == self.epoch;
+            return node.up;
+        }
         let extents: Vec<_> = self.pager.layout().extents_of(sponsor as u8).collect();
         let node = &mut self.nodes[sponsor];
         let former =
@@ -198,6 +210,10 @@ impl World {
     fn empty(&mut self, sponsor: usize) {
         self.stats.mark(Mark::Emptied);
         self.nodes[sponsor].emptied_untold = true;
+        if let Some(migration) = &mut self.migration {
+            let (there, bit) = (migration.source.is_some(), 1 << sponsor);
+            if there { migration.emptied |= bit } else { migration.emptied_before |= bit }
+        }
         self.note(None, What::Emptied { sponsor: sponsor as u8 });
         for slot in 0..self.nodes[sponsor].store.len() {
             if let Some(stored) = self.nodes[sponsor].store[slot].take() {
@@ -396,7 +412,8 @@ impl World {
     }
 
     fn add_sponsor(&mut self) {
-        if self.nodes.len() >= SPONSORS_DRAWN_MAX || self.pager_is_dead() {
+        let moving = self.guest.stopped;
+        if self.nodes.len() >= SPONSORS_DRAWN_MAX || self.pager_is_dead() || moving {
             return;
         }
         self.stats.mark(Mark::SponsorAdded);

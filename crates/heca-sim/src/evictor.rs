@@ -65,6 +65,13 @@ impl Evictor {
         self.batches.iter().any(|batch| matches!(batch, Batch::Unmap { .. }))
     }
 
+    pub(crate) fn victims(&self) -> impl Iterator<Item = &Victim> {
+        self.batches.iter().flat_map(|batch| match batch {
+            Batch::Unmap { victims, .. } => &victims[..],
+            Batch::Punch { .. } => &[],
+        })
+    }
+
     pub(crate) fn punching(&self) -> usize {
         self.batches.iter().filter(|batch| matches!(batch, Batch::Punch { .. })).count()
     }

@@ -28,7 +28,7 @@ enum State {
     Blocked(Access),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Vcpu {
     state: State,
     /// Number of its last fault: tells stale events from current ones.
@@ -48,6 +48,13 @@ impl Vcpu {
     fn at_rest(&self) -> bool {
         matches!(self.state, State::Running(None))
     }
+
+    /// If it waits, it tries again.
+    pub(crate) fn try_again(&mut self) {
+        if let State::Blocked(access) = self.state {
+            self.state = State::Running(Some(access));
+        }
+    }
 }
 
 /// A message in the userfaultfd.
@@ -61,12 +68,15 @@ pub(crate) struct FaultMessage {
 
 #[derive(Debug)]
 pub(crate) struct Guest {
+    /// The last one is no vCPU: it is QEMU's thread that loads the guest's state, and reads.
     pub(crate) vcpus: Vec<Vcpu>,
     hot: Vec<usize>,
     /// Raised by each write, so that every value is written once.
     next_value: u64,
     /// Messages that nobody read yet.
     pub(crate) messages: VecDeque<FaultMessage>,
+    /// The vCPUs stand still.
+    pub(crate) stopped: bool,
 }
 
 impl Guest {
@@ -74,16 +84,28 @@ impl Guest {
         let slots = params.slots.len();
         let vcpu = || Vcpu { state: State::Running(None), fault: 0, position: 0, run_left: 0 };
         Self {
-            vcpus: (0..params.vcpus).map(|_| vcpu()).collect(),
+            vcpus: (0..=params.vcpus).map(|_| vcpu()).collect(),
             hot: (0..rng.range(4, 40)).map(|_| rng.below(slots)).collect(),
             next_value: 0,
             messages: VecDeque::new(),
+            stopped: false,
         }
     }
 
-    /// Whether some vCPU has something to do.
-    pub(crate) fn can_run(&self, accesses: bool) -> bool {
-        self.vcpus.iter().any(|vcpu| match vcpu.state {
+    /// Whether QEMU has read what it wanted of the guest's memory.
+    pub(crate) fn is_loaded(&self) -> bool {
+        self.vcpus.last().is_none_or(Vcpu::at_rest)
+    }
+
+    /// Whether some vCPU, or who loads the guest's state, has something to do.
+    pub(crate) fn can_run(&self, accesses: bool, loading: bool) -> bool {
+        let (loader, vcpus) = self.vcpus.split_last().expect("there is always the loader");
+        let who = match (loading, self.stopped) {
+            (true, _) => std::slice::from_ref(loader),
+            (false, true) => &[],
+            (false, false) => vcpus,
+        };
+        who.iter().any(|vcpu| match vcpu.state {
             State::Running(access) => accesses || access.is_some(),
             State::Blocked(_) => false,
         })
@@ -112,20 +134,14 @@ impl Guest {
 
     /// Everybody who waits tries again.
     pub(crate) fn wake_all(&mut self) {
-        for vcpu in &mut self.vcpus {
-            if let State::Blocked(access) = vcpu.state {
-                vcpu.state = State::Running(Some(access));
-            }
-        }
+        self.vcpus.iter_mut().for_each(Vcpu::try_again);
     }
 
     /// Wakes whoever waits on a page: they try again.
     pub(crate) fn wake(&mut self, slot: usize) {
         for vcpu in &mut self.vcpus {
-            if let State::Blocked(access) = vcpu.state
-                && access.slot == slot
-            {
-                vcpu.state = State::Running(Some(access));
+            if vcpu.blocked_on() == Some(slot) {
+                vcpu.try_again();
             }
         }
     }
@@ -134,10 +150,15 @@ impl Guest {
 impl World {
     /// One turn of a random vCPU: some accesses, until it blocks.
     pub(crate) fn guest_turn(&mut self) -> Check {
-        let count = self.guest.vcpus.len();
+        let loader = self.guest.vcpus.len() - 1;
+        let loading = self.is_loading();
+        if self.guest.stopped && !loading {
+            return Ok(());
+        }
+        let (start, count) = if loading { (loader, 1) } else { (0, loader) };
         let first = self.rng.below(count);
         let running = |&v: &usize| self.guest.vcpus[v].blocked_on().is_none();
-        let mut order = (0..count).map(|i| (first + i) % count);
+        let mut order = (0..count).map(|i| start + (first + i) % count);
         let Some(vcpu) = order.find(running) else {
             return Ok(());
         };
@@ -151,7 +172,7 @@ impl World {
         let access = match self.guest.vcpus[vcpu].state {
             State::Blocked(_) => return Ok(()),
             State::Running(Some(access)) => access,
-            State::Running(None) if !self.accesses => return Ok(()),
+            State::Running(None) if !self.accesses || self.has_loaded() => return Ok(()),
             State::Running(None) => self.choose_access(vcpu),
         };
         let Access { slot, write } = access;
@@ -187,8 +208,15 @@ impl World {
 
     fn choose_access(&mut self, vcpu: usize) -> Access {
         let slots = self.params.slots.len();
-        let write = self.rng.below(10) < self.params.writes;
+        let reads = vcpu + 1 == self.guest.vcpus.len();
+        let write = self.rng.below(10) < self.params.writes && !reads;
         let chance = self.rng.below(8);
+        if let Some(slot) = self.in_hand()
+            && self.rng.one_in(8)
+        {
+            // Where the races are.
+            return Access { slot, write };
+        }
         let v = &mut self.guest.vcpus[vcpu];
         if v.run_left > 0 {
             v.run_left -= 1;

@@ -2,8 +2,11 @@
 
 use std::collections::VecDeque;
 
+use heca_core::handover::PageRecord;
 use heca_core::pager::{Action, Event, FaultKind};
 use heca_core::placement::ReplicaSet;
+
+use crate::migration::Phase;
 
 const RECORDS_MAX: usize = 400_000;
 const LINES_MAX: usize = 60;
@@ -41,6 +44,14 @@ pub(crate) enum What {
     Zombie { sponsor: u8 },
     MemoryFull { full: bool },
     Heal,
+    Migration(Phase),
+    MigrationEnds { moved: bool },
+    Collected,
+    ReadToSend { value: u64 },
+    Told(PageRecord),
+    SentBehind { value: u64 },
+    BroughtBehind { value: u64 },
+    LinkCut,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -160,6 +171,15 @@ impl What {
             Self::Zombie { sponsor } => format!("old owner   wrote to sponsor {sponsor}"),
             Self::MemoryFull { full } => format!("kernel      out of memory: {full}"),
             Self::Heal => "world       heals".into(),
+            Self::Migration(phase) => format!("migration   {phase:?}"),
+            Self::MigrationEnds { moved: true } => "migration   is done".into(),
+            Self::MigrationEnds { moved: false } => "migration   comes to nothing".into(),
+            Self::Collected => "source      takes the mark of a write".into(),
+            Self::ReadToSend { value } => format!("source      read {value:#x} to send it"),
+            Self::Told(record) => format!("source      tells {record:?}"),
+            Self::SentBehind { value } => format!("source      sends {value:#x}"),
+            Self::BroughtBehind { value } => format!("target      got {value:#x}"),
+            Self::LinkCut => "source      is cut off".into(),
         }
     }
 }

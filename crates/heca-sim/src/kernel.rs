@@ -38,6 +38,10 @@ impl Kernel {
         &self.frames[slot]
     }
 
+    pub(crate) fn wp_async(&self) -> bool {
+        self.wp_async
+    }
+
     /// Pages in the page cache.
     pub(crate) fn present(&self) -> u64 {
         self.present
@@ -103,6 +107,12 @@ impl Kernel {
     pub(crate) fn adopt(&mut self, slot: usize, value: u64) {
         self.frames[slot] = Frame { content: Some(value), mapped: true, ..Frame::default() };
         self.present += 1;
+    }
+
+    /// A plain write to the RAM file, past all mappings.
+    pub(crate) fn write(&mut self, slot: usize, value: u64) {
+        let content = &mut self.frames[slot].content;
+        self.present += u64::from(content.replace(value).is_none());
     }
 
     pub(crate) fn poison(&mut self, slot: usize) {

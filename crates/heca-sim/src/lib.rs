@@ -8,23 +8,31 @@
 //!
 //! A run is a row of worlds, each with its own seed, settings and kinds of trouble. In each world
 //! trouble and rest take turns: at rest everything works, and every waiting vCPU must get on.
+//!
+//! Where guests move from host to host, the pages and the right to run are apart: [`right`] has its
+//! own small world, in which nothing is known of pages.
 #![forbid(unsafe_code)]
 
 mod actions;
 mod chaos;
 mod evictor;
+mod following;
 mod guest;
 mod history;
 mod kernel;
 mod links;
+mod migration;
 mod network;
 mod oracle;
 mod params;
 mod recovery;
 mod redundancy;
 mod report;
+mod right;
 mod rng;
 mod scenario;
+mod takeover;
+mod tracker;
 mod world;
 
 use std::ops::RangeInclusive;
@@ -118,12 +126,34 @@ struct WorldOptions {
 /// Runs one world and says how many ticks it took.
 fn run_one(options: &WorldOptions, stats: &mut Stats) -> Result<u64, Box<Violation>> {
     let WorldOptions { scenario, seed, ticks, mutation } = *options;
+    if scenario.moves_guests() && right::run(seed, mutation, stats, None).is_err() {
+        return Err(Box::new(explain_right(options)));
+    }
     let mut world = World::new(seed, scenario, mutation, std::mem::take(stats));
     if run_world(&mut world, ticks).is_err() {
         return Err(Box::new(explain(options)));
     }
     *stats = world.stats;
     Ok(world.tick)
+}
+
+/// Runs what is about the right to run once more, this time taking notes.
+fn explain_right(options: &WorldOptions) -> Violation {
+    let WorldOptions { scenario, seed, ticks, mutation } = *options;
+    let mut history = Vec::new();
+    let failure = right::run(seed, mutation, &mut Stats::default(), Some(&mut history))
+        .expect_err("a world does the same each time");
+    Violation {
+        invariant: failure.invariant,
+        scenario,
+        seed,
+        ticks,
+        mutation,
+        tick: 0,
+        page: None,
+        detail: failure.detail,
+        history,
+    }
 }
 
 /// Runs a world; a panic of a machine (a failed debug assertion) is a violation, too.

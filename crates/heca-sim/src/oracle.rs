@@ -59,6 +59,8 @@ pub(crate) struct Oracle {
     /// there was; and it only shrinks until it is the budget again.
     ceiling: u64,
     local: u64,
+    /// The region is being handed over: the budget does not bind, and nothing may be evicted.
+    pub(crate) frozen: bool,
 }
 
 impl Oracle {
@@ -71,11 +73,24 @@ impl Oracle {
             lost: vec![false; slots],
             ceiling: budget,
             local: 0,
+            frozen: false,
         }
+    }
+
+    /// Exchanges what is known of a pager; what the guest wrote stays.
+    pub(crate) fn swap_host(&mut self, other: &mut Self) {
+        use std::mem::swap;
+        swap(&mut self.fetching, &mut other.fetching);
+        swap(&mut self.spoilt, &mut other.spoilt);
+        swap(&mut self.failed, &mut other.failed);
+        swap(&mut self.ceiling, &mut other.ceiling);
+        swap(&mut self.local, &mut other.local);
+        swap(&mut self.frozen, &mut other.frozen);
     }
 
     /// What was there before the pager may exceed the budget, too.
     pub(crate) fn adopted(&mut self, local: u64) {
+        self.frozen = false;
         self.local = local;
         self.ceiling = self.ceiling.max(local);
     }
@@ -156,8 +171,14 @@ impl World {
     pub(crate) fn check_budget(&mut self, event: Event) -> Check {
         self.stats.checked(PG_6);
         let gauges = self.pager.gauges();
-        if matches!(event, Event::SetBudget { .. } | Event::Restore) {
+        if let Event::Freeze { on } = event {
+            self.oracle.frozen = on;
+        }
+        if matches!(event, Event::SetBudget { .. } | Event::Restore | Event::Freeze { .. }) {
             self.oracle.ceiling = self.oracle.local;
+        }
+        if self.oracle.frozen {
+            self.oracle.ceiling = gauges.local_pages;
         }
         let ceiling = self.oracle.ceiling.max(gauges.budget_pages);
         let local = gauges.local_pages;

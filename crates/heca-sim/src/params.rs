@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use heca_core::pager::Protection;
 use heca_types::limits::EXTENT_PAGES;
 
-use crate::rng::Rng;
+use crate::rng::{Rng, mix};
 use crate::scenario::Scenario;
 
 pub(crate) const BUDGET_MIN: usize = 64;
@@ -55,6 +55,10 @@ pub(crate) struct Rates {
     pub(crate) pager_crash: usize,
     /// The old owner goes on after a takeover.
     pub(crate) old_owner: usize,
+    /// The guest moves to another host.
+    pub(crate) migrate: usize,
+    /// The connection to the host that it came from is lost.
+    pub(crate) link_cut: usize,
 }
 
 /// How often each actor gets its turn, relative to the others.
@@ -64,6 +68,7 @@ pub(crate) struct Weights {
     pub(crate) pager: usize,
     pub(crate) evictor: usize,
     pub(crate) network: usize,
+    pub(crate) migration: usize,
     pub(crate) chaos: usize,
 }
 
@@ -110,7 +115,13 @@ impl Params {
         let first = scenario.sponsors_first(rng);
         let sponsors = (first + rng.below(4)).min(SPONSORS_DRAWN_MAX);
         let zap = rng.one_in(2);
+        // Apart, so that worlds in which no guest moves are not others for it.
+        let mut apart = Rng::new(mix(!rng.clone().next()));
         let mut rates = draw_rates(rng);
+        if scenario.moves_guests() && apart.one_in(3) {
+            rates.migrate = apart.range(20, 200);
+        }
+        rates.link_cut = if apart.one_in(3) { 0 } else { apart.range(10, 100) };
         scenario.adjust(&mut rates, rng);
         let chaos = if failover { 4 } else { 2 };
         Self {
@@ -132,6 +143,7 @@ impl Params {
                 pager: rng.range(4, 16),
                 evictor: rng.range(2, 10),
                 network: rng.range(2, 16),
+                migration: apart.range(3, 12),
                 chaos: rng.range(chaos, chaos + 3),
             },
             rates,
@@ -188,5 +200,7 @@ fn draw_rates(rng: &mut Rng) -> Rates {
         empty: if rng.one_in(2) { 0 } else { rng.range(4, 12) },
         pager_crash: if rng.one_in(2) { 0 } else { rng.range(6, 40) },
         old_owner: if rng.one_in(3) { 0 } else { rng.range(1, 8) },
+        migrate: 0,
+        link_cut: 0,
     }
 }

@@ -26,6 +26,8 @@ pub(crate) struct Journal {
     pub(crate) dropped: Vec<bool>,
     /// Record of each extent.
     pub(crate) extents: Vec<u64>,
+    /// Pages that are with the region's former owner.
+    pub(crate) behind: Vec<bool>,
     /// The page that is being written into the RAM file.
     pub(crate) filling: Option<usize>,
 }
@@ -33,7 +35,13 @@ pub(crate) struct Journal {
 impl Journal {
     pub(crate) fn new(slots: usize, extents: usize) -> Self {
         let versions = vec![PageVersion::NEVER; slots];
-        Self { versions, dropped: vec![false; slots], extents: vec![0; extents], filling: None }
+        Self {
+            versions,
+            dropped: vec![false; slots],
+            extents: vec![0; extents],
+            behind: vec![false; slots],
+            filling: None,
+        }
     }
 }
 
@@ -83,8 +91,11 @@ impl World {
         true
     }
 
-    fn pager_crashes(&mut self) {
+    pub(crate) fn pager_crashes(&mut self) {
         self.actions_left = None;
+        if self.migration_loses_pager() {
+            return;
+        }
         self.mark_crash();
         self.note(None, What::PagerCrashed);
         self.stats.add_counters(self.pager.counters());
@@ -164,7 +175,9 @@ impl World {
         }
         for slot in 0..self.params.slots.len() {
             let (page, version) = (self.page(slot), self.journal.versions[slot]);
-            if self.kernel.frame(slot).content.is_some() {
+            if self.journal.behind[slot] {
+                self.pager.adopt_behind(page, version);
+            } else if self.kernel.frame(slot).content.is_some() {
                 self.journal.dropped[slot] = false;
                 self.pager.adopt_resident(page, version);
             } else {
@@ -172,6 +185,7 @@ impl World {
             }
         }
         self.oracle.adopted(self.pager.gauges().local_pages);
+        self.receivers_start();
         self.guest.wake_all();
         self.meet_sponsors()?;
         for number in 0..self.known.len() {
@@ -180,7 +194,7 @@ impl World {
         Ok(())
     }
 
-    fn meet_sponsors(&mut self) -> Check {
+    pub(crate) fn meet_sponsors(&mut self) -> Check {
         let first = self.params.sponsor_weights.len();
         for sponsor in 0..self.nodes.len() {
             let name = sponsor as u8;

@@ -23,11 +23,13 @@ pub enum Scenario {
     Store,
     /// Budget, no memory, discards.
     Memory,
+    /// The guest moves to another host, again and again.
+    Migration,
 }
 
 impl Scenario {
     /// Every scenario.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Mixed,
         Self::Failover,
         Self::Rebuild,
@@ -35,6 +37,7 @@ impl Scenario {
         Self::Fencing,
         Self::Store,
         Self::Memory,
+        Self::Migration,
     ];
 
     /// Its name on the command line.
@@ -48,7 +51,13 @@ impl Scenario {
             Self::Fencing => "fencing",
             Self::Store => "store",
             Self::Memory => "memory",
+            Self::Migration => "migration",
         }
+    }
+
+    /// Whether guests move, and with them the right to run them.
+    pub(crate) fn moves_guests(self) -> bool {
+        matches!(self, Self::Mixed | Self::Migration)
     }
 
     /// Situations that a search must meet: a branch that is never taken is not tested.
@@ -119,6 +128,36 @@ impl Scenario {
                 "sim_budget_raised",
                 "sim_memory_full",
                 "sim_owner_discards",
+            ],
+            Self::Migration => &[
+                "behind_demands",
+                "behind_arrived",
+                "sim_migrations_done",
+                "sim_migrations_committed",
+                "sim_safe_migrations_committed",
+                "sim_flushed_at_rest",
+                "sim_migrations_ended_copying",
+                "sim_migrations_ended_stopped",
+                "sim_migrations_ended_loading",
+                "sim_pages_told_current",
+                "sim_pages_told_behind",
+                "sim_drop_notices",
+                "sim_demands_answered",
+                "sim_demands_crossed",
+                "sim_links_cut_with_pages",
+                "sim_pages_arrived_twice",
+                "sim_crash_amid_takeover",
+                "sim_crash_with_pages_behind",
+                "sim_crash_amid_arrival",
+                "sim_crash_while_loading",
+                "sim_crash_before_switch",
+                "sim_grants",
+                "sim_grants_lost",
+                "sim_late_grants",
+                "sim_rights_given_back",
+                "sim_source_died_granting",
+                "sim_target_died_amid_actions",
+                "sim_target_ran_after_restart",
             ],
         }
     }
@@ -217,6 +256,24 @@ impl Scenario {
                 rates.punch_fails = all.punch_fails;
                 rates.pager_crash = if rng.one_in(4) { all.pager_crash } else { 0 };
                 rates.leaving = all.leaving;
+            }
+            Self::Migration => {
+                rates.migrate = rng.range(1, 8);
+                rates.link_cut = all.link_cut;
+                rates.pager_crash = all.pager_crash;
+                rates.cut = all.cut;
+                rates.lane_freeze = all.lane_freeze;
+                rates.leaving = all.leaving;
+                rates.sponsor_lost = all.sponsor_lost;
+                rates.add_sponsor = all.add_sponsor;
+                rates.discard = if rng.one_in(4) { all.discard } else { 0 };
+                rates.no_memory = all.no_memory;
+                rates.memory_full = if rng.one_in(4) { all.memory_full } else { 0 };
+                rates.budget = all.budget;
+                rates.read_fails = all.read_fails;
+                rates.punch_fails = all.punch_fails;
+                rates.empty = if rng.one_in(4) { all.empty } else { 0 };
+                rates.old_owner = all.old_owner;
             }
         }
     }

@@ -14,6 +14,7 @@ use crate::evictor::Evictor;
 use crate::guest::{FaultMessage, Guest};
 use crate::history::{History, What};
 use crate::kernel::Kernel;
+use crate::migration::{Migration, Phase};
 use crate::network::{EPOCH_FIRST, Node, Note};
 use crate::oracle::{Check, Oracle, fail};
 use crate::params::{Params, Rates};
@@ -35,12 +36,16 @@ const DRAWS_MAX: usize = 4;
 
 const NO_SLOT: u32 = u32::MAX;
 
+/// Replica set of an extent, and its gaps.
+pub(crate) type Known = (ReplicaSet, u8);
+
 #[derive(Debug, Clone, Copy)]
 enum Actor {
     Guest,
     Pager,
     Evictor,
     Network,
+    Migration,
     Chaos,
 }
 
@@ -64,13 +69,15 @@ pub(crate) struct World {
     pub(crate) epoch: Epoch,
     pub(crate) journal: Journal,
     /// Replica sets and gaps as they were last written down.
-    pub(crate) known: Vec<(ReplicaSet, u8)>,
+    pub(crate) known: Vec<Known>,
     /// The pager is dead, and another one comes at this tick.
     pub(crate) dead_until: Option<u64>,
     /// Actions until the pager dies.
     pub(crate) actions_left: Option<usize>,
     /// Source and attempt of the last copy of each page between sponsors.
     pub(crate) pulled_from: Vec<Option<(u8, u32)>>,
+    /// A migration that is under way.
+    pub(crate) migration: Option<Box<Migration>>,
     pub(crate) kernel: Kernel,
     pub(crate) guest: Guest,
     pub(crate) evictor: Evictor,
@@ -143,6 +150,7 @@ impl World {
             dead_until: None,
             actions_left: None,
             pulled_from: vec![None; slots],
+            migration: None,
             kernel: Kernel::new(slots, params.protection == Protection::Zap),
             guest: Guest::new(&params, &mut rng),
             evictor: Evictor::default(),
@@ -170,6 +178,12 @@ impl World {
         let slot = self.slot_of[page.0 as usize];
         debug_assert_ne!(slot, NO_SLOT, "{page} was never touched");
         slot as usize
+    }
+
+    /// The slot of a page, if some vCPU may touch it.
+    pub(crate) fn slot_if_used(&self, page: PageIndex) -> Option<usize> {
+        let slot = self.slot_of[page.0 as usize];
+        (slot != NO_SLOT).then_some(slot as usize)
     }
 
     pub(crate) fn rates(&self) -> &Rates {
@@ -231,12 +245,15 @@ impl World {
         self.thaw();
         for _ in 0..DRAWS_MAX {
             match self.draw_actor() {
-                Actor::Guest if self.guest.can_run(self.accesses) => return self.guest_turn(),
+                Actor::Guest if self.guest.can_run(self.accesses, self.is_loading()) => {
+                    return self.guest_turn();
+                }
                 Actor::Pager if self.pager_has_work() => return self.pager_turn(),
                 Actor::Evictor if !self.evictor.is_idle() => return self.evictor_step(),
                 Actor::Network if self.nodes.iter().any(|node| node.can_move(self.tick)) => {
                     return self.network_step();
                 }
+                Actor::Migration if self.migration.is_some() => return self.migration_turn(),
                 Actor::Chaos if self.chaos => return self.chaos_step(),
                 _ => {}
             }
@@ -252,6 +269,7 @@ impl World {
             (Actor::Pager, w.pager),
             (Actor::Evictor, w.evictor),
             (Actor::Network, w.network),
+            (Actor::Migration, if self.migration.is_some() { w.migration } else { 0 }),
             (Actor::Chaos, w.chaos),
         ];
         let mut draw = self.rng.below(weights.iter().map(|(_, weight)| weight).sum());
@@ -284,14 +302,27 @@ impl World {
         if self.pager_is_dead() {
             self.recover()?;
         }
+        let flushes = self.is_flushing();
+        if !flushes && self.phase().is_some_and(|phase| phase != Phase::Following) {
+            self.abort_migration();
+        }
         self.restart_all();
+        if flushes {
+            self.flush_at_rest()?;
+            self.abort_migration();
+        }
         let end = self.tick + HEAL_TICKS;
         let mut idle_ticks = 0;
-        while !self.guest.at_rest() && self.tick < end && idle_ticks < IDLE_TICKS {
+        let at_rest = |world: &Self| world.guest.at_rest() && world.migration.is_none();
+        while !at_rest(self) && self.tick < end && idle_ticks < IDLE_TICKS {
             self.turn()?;
             idle_ticks = if self.is_idle() { idle_ticks + 1 } else { 0 };
         }
         self.check_no_waiters()?;
+        if self.migration.is_some() {
+            let detail = format!("pages are behind for ever: {:?}", self.pager.gauges());
+            return fail(PG_5, None, detail);
+        }
         self.wait_for_redundancy()
     }
 
@@ -313,7 +344,10 @@ impl World {
 
     /// Whether nothing is under way anywhere.
     pub(crate) fn is_idle(&self) -> bool {
-        self.has_no_events() && self.evictor.is_idle() && self.nodes.iter().all(Node::is_idle)
+        self.migration.is_none()
+            && self.has_no_events()
+            && self.evictor.is_idle()
+            && self.nodes.iter().all(Node::is_idle)
     }
 
     /// The pager thread handles some events, from whichever source it looks at.
@@ -358,6 +392,7 @@ impl World {
 
     /// What an event says to the checks.
     fn hear(&mut self, event: Event) {
+        self.track_event(event);
         match event {
             Event::FetchFailed { page, sponsor, .. } => {
                 let slot = self.slot(page);

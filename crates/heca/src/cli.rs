@@ -513,7 +513,7 @@ pub struct SimArguments {
     #[arg(long, default_value_t = 1_000_000)]
     pub ticks: u64,
     /// Kind of trouble, one world for each of the seeds: mixed, failover, rebuild, recovery,
-    /// fencing, store, memory or all.
+    /// fencing, store, memory, migration or all.
     #[arg(long, value_name = "NAME", value_parser = parse_scenarios, conflicts_with_all = ["seed", "ticks"])]
     pub scenario: Option<Scenarios>,
     /// Seeds from the first to the last, such as 1..2000; one world for each.
@@ -524,7 +524,8 @@ pub struct SimArguments {
     pub ticks_per_seed: u64,
     /// Break an invariant on purpose, to see that it is noticed: forget-dirty, punch-early,
     /// fetch-twice, forget-fault, ignore-budget, accept-stale-epoch, hedge-any-version,
-    /// rebuild-early or recover-as-zero.
+    /// rebuild-early, recover-as-zero, final-scan-trusts, mark-after-read, arrive-late,
+    /// written-forgets, resume-on-silence or run-before-record.
     #[arg(long = "break", value_name = "MUTATION", value_parser = parse_mutation)]
     pub mutation: Option<Mutation>,
     /// Print JSON.

@@ -21,6 +21,17 @@
 //! - No answer is no reason for anything: the source asks again. A target that was lost together
 //!   with its memory cannot answer; then a person has to say where the guest goes on.
 //!
+//! What the caller owes:
+//! - Each attempt has an id of its own, all messages bear it, and a machine gets only those of its
+//!   attempt. An answer of an earlier attempt would be taken for one of this one.
+//! - A target that is told to give up, is asked or is granted something of an attempt that it does
+//!   not know (perhaps it knew, and died before it wrote anything down) takes that for `GiveUp` of
+//!   one that is `Waiting`: `Dropped` is written down before it is said, as the attempt's beginning
+//!   may still be on its way.
+//! - An agent that starts again has the state that it wrote down: a source without a record holds
+//!   the right, and one that holds it may let a guest go on that stands still; a target that wrote
+//!   down `Running` lets the guest run.
+//!
 //! Neither side looks at a clock for this, and neither needs a third one.
 
 mod pages;

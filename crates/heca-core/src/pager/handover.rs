@@ -4,12 +4,13 @@
 //! The former owner freezes its machine once the guest stands still. From then on no page is taken
 //! from the guest and none is stored, so that what [`Pager::holding`] says stays true: a page that
 //! was on its way to the sponsors still is in the RAM file, and the version under which it may have
-//! been stored is not used again, as the next owner's first attempt has a higher one.
+//! been stored is not used again, as the next owner's first attempt has a higher one. Which sponsors
+//! hold which extents does not change either, as far as the next owner would notice.
 
 use heca_types::{PageIndex, PageVersion};
 
 use super::machine::{DIRTY, Pager, State, WANTED, ZERO};
-use super::{Action, Unmapped};
+use super::{Action, Mutation, Unmapped};
 
 /// Where a page's content is, for the region's next owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +51,14 @@ impl Pager {
         matches!(state, State::Resident | State::Unmapping | State::Storing)
     }
 
-    /// Pages that [`super::Event::Flush`] has not stored yet.
+    /// Nothing else happens in this step, so that what is flushed still is: faults that waited for
+    /// room are served in the next one.
+    pub(super) fn freeze(&mut self) {
+        self.frozen = true;
+    }
+
+    /// Pages that [`super::Event::Flush`] has not stored yet. If there are none, and `Freeze` is the
+    /// next event, then all pages are zero or remote.
     #[must_use]
     pub fn unflushed(&self) -> u64 {
         self.active.len() + self.unmapping + self.storing
@@ -115,6 +123,9 @@ impl Pager {
     /// Whoever tracks writes has taken the kernel's marks that these pages were written since they
     /// were stored: they are kept here, so that eviction does not take the pages for clean.
     pub fn written(&mut self, pages: std::ops::Range<u64>) {
+        if self.config.mutation == Some(Mutation::WrittenForgets) {
+            return;
+        }
         for p in &mut self.pages[pages.start as usize..pages.end as usize] {
             if matches!(p.state, State::Resident | State::Unmapping) {
                 p.flags |= DIRTY;

@@ -294,7 +294,8 @@ impl Pager {
             Event::Arrived { page } => self.arrived(page, out),
             Event::SourceBack => self.demand_again(out),
             Event::Flush { on } => self.flushing = on,
-            Event::Freeze { on } => self.frozen = on,
+            Event::Freeze { on: true } => return self.freeze(),
+            Event::Freeze { on: false } => self.frozen = false,
             Event::Work => self.rebuild_more(out),
             Event::Tick => {
                 self.starved = false;

@@ -93,11 +93,26 @@ pub enum Mutation {
     /// After a crash of the pager, pages that are not in local memory count as never written
     /// (breaks PG-1).
     RecoverAsZero,
+    /// Before a migration's switch, a page that the last scan does not see counts as not written
+    /// (breaks PG-1).
+    FinalScanTrusts,
+    /// A page counts as sent in its current content only after it was read for sending, over a
+    /// write that was seen meanwhile (breaks PG-1).
+    MarkAfterRead,
+    /// A page that was behind is recorded as arrived only after the guest can write to it
+    /// (breaks MG-3 and PG-1).
+    ArriveLate,
+    /// Marks of writes that a migration takes from the kernel are forgotten (breaks PG-1 and PG-2).
+    WrittenForgets,
+    /// The source of a migration takes silence for a refusal (breaks MG-1).
+    ResumeOnSilence,
+    /// The target of a migration lets the guest run before it wrote that down (breaks MG-1).
+    RunBeforeRecord,
 }
 
 impl Mutation {
     /// Every mutation.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 15] = [
         Self::ForgetDirty,
         Self::PunchEarly,
         Self::FetchTwice,
@@ -107,6 +122,12 @@ impl Mutation {
         Self::HedgeAnyVersion,
         Self::RebuildEarly,
         Self::RecoverAsZero,
+        Self::FinalScanTrusts,
+        Self::MarkAfterRead,
+        Self::ArriveLate,
+        Self::WrittenForgets,
+        Self::ResumeOnSilence,
+        Self::RunBeforeRecord,
     ];
 }
 

@@ -236,6 +236,9 @@ impl Pager {
     }
 
     fn plan(&mut self, out: &mut Vec<Action>) {
+        if self.frozen {
+            return;
+        }
         self.pause();
         let extents = self.config.layout.len();
         let from = self.rebuild_cursor;
@@ -368,7 +371,8 @@ impl Pager {
         let set = self.config.layout.replicas(extent);
         let old = r.instead_of.and_then(|old| set.position(old).map(|p| (old, p)));
         let wanted = old.is_some_and(|(old, _)| (self.leaving | !self.up) >> old & 1 == 1);
-        let grown = set.with(sponsor).filter(|_| wanted);
+        // The next owner does not know of this one: it is let go.
+        let grown = set.with(sponsor).filter(|_| wanted && !self.frozen);
         let (Some(grown), Some((old, position))) = (grown, old) else {
             self.release(extent, sponsor, out);
             return;

@@ -3,6 +3,7 @@
 //! The world here is synchronous: every action is carried out at once, so after each step nothing
 //! is in flight. Interleavings are the simulation's business.
 
+mod handover;
 mod rebuild;
 
 use std::collections::{BTreeMap, VecDeque};
