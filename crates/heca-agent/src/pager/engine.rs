@@ -371,7 +371,10 @@ impl Engine {
             self.seen.remove(&page);
         }
         match what {
-            Install::Zero if result.is_ok() => self.moving.changed(page),
+            // Whoever sends it may have read the hole that was there before.
+            Install::Copy | Install::Fill | Install::Zero if result.is_ok() => {
+                self.moving.changed(page);
+            }
             Install::Continue => self.moving.mapped(page),
             _ => {}
         }

@@ -39,6 +39,15 @@ impl Leave {
         if self.request.safe {
             return self.flush();
         }
+        if stats.eviction == "write-protect" {
+            // The kernel has no way to tell of writes that leaves those of eviction alone.
+            if self.request.mode == MigrationMode::Precopy {
+                let text = "this VM's pager cannot tell which pages are written";
+                return Err(ApiError::new("no-tracking", text)
+                    .hint("use --mode hybrid, which sends all pages after the switch here"));
+            }
+            return Ok(());
+        }
         if self.request.mode == MigrationMode::Postcopy {
             self.look(false)?;
         } else {
