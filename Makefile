@@ -10,7 +10,8 @@ HOST_TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 GUEST_PROGRAMS = RUSTFLAGS="-C target-feature=+crt-static" \
   $(CARGO) build --release --locked -p appmembench --target $(HOST_TRIPLE)
 
-.PHONY: all deps build test lint unit demo chaos bench bench-migrate sim fuzz clean help
+
+.PHONY: all deps build test lint unit demo chaos migrate-soak bench bench-migrate sim fuzz clean help
 
 all: build
 
@@ -41,6 +42,9 @@ demo: deps build ## Three hosts, a guest on pooled memory, a memory test in it
 
 chaos: deps build ## Faults of every kind under a guest that verifies its memory, for nine minutes
 	target/release/heca-chaos
+
+migrate-soak: deps build ## A guest that goes back and forth 200 times, with a fault in every fourth move
+	target/release/heca-migrate-soak
 
 bench: deps build ## Latency of remote faults beside its floors
 	target/release/heca bench fault

@@ -45,6 +45,7 @@ impl Gap {
 pub struct Heartbeat {
     tap: Tap,
     ticks: Arc<Mutex<Vec<Tick>>>,
+    since: Instant,
 }
 
 /// How long after the switch of a guest its pauses are still put down to the migration.
@@ -62,7 +63,7 @@ impl Heartbeat {
             let new = bytes.iter().map(|&number| Tick { at, connection, number });
             lock(&sink).extend(new);
         };
-        Ok(Self { tap: Tap::new(path, "heartbeat", Box::new(take))?, ticks })
+        Ok(Self { tap: Tap::new(path, "heartbeat", Box::new(take))?, ticks, since: Instant::now() })
     }
 
     /// The arguments that give QEMU the device.
@@ -71,6 +72,12 @@ impl Heartbeat {
         let path = self.tap.path().to_string_lossy().replace(',', ",,");
         let chardev = format!("socket,id=tick,path={path}");
         ["-chardev", &chardev, "-device", "pci-serial,chardev=tick"].map(str::to_owned).into()
+    }
+
+    /// How long it has been listening.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// Number of ticks so far.

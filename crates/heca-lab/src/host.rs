@@ -35,7 +35,10 @@ pub struct Host {
 const PORT: u16 = 7900;
 
 /// The directory that cargo builds into.
-pub(crate) fn target_dir() -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// The program is not run from there.
+pub fn target_dir() -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe()?;
     // target/PROFILE/program, or target/PROFILE/deps/test. Cargo tags only a directory that it made.
     program

@@ -22,7 +22,7 @@ pub use cluster::{Cluster, ClusterOptions, Look};
 pub use console::{Console, Sample};
 pub use guest::{GuestImage, find_appmembench, find_kernel, find_qemu10};
 pub use heartbeat::{AFTER_SWITCH, Gap, Heartbeat, Tick};
-pub use host::{AgentOptions, Host, heca_binary};
+pub use host::{AgentOptions, Host, heca_binary, target_dir};
 pub use net::Lab;
 pub use pool::LabPool;
 pub use signals::catch_signals;

@@ -110,14 +110,16 @@ pub fn take_fd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
     Ok(pidfd_getfd(pidfd, fd, PidfdGetfdFlags::empty())?)
 }
 
-/// Keeps all memory of this process, now and later, out of swap, so that serving a fault can
-/// never itself need a page.
+/// Keeps all memory of this process out of swap, now and later, each page from its first use on: what
+/// serves a fault was used before. (To have every page there in advance would make the start of a
+/// thread, whose stack is megabytes, cost a millisecond.)
 ///
 /// # Errors
 /// `ENOMEM` or `EPERM` where the memory-lock limit forbids it.
 pub fn lock_memory() -> io::Result<()> {
-    rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT | rustix::mm::MlockAllFlags::FUTURE)
-        .map_err(Into::into)
+    use rustix::mm::MlockAllFlags;
+    let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    rustix::mm::mlockall(flags).map_err(Into::into)
 }
 
 /// Ignores every signal that a terminal, a log-out or an operator may send to end a process, for

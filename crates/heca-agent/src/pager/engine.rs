@@ -160,7 +160,7 @@ impl Engine {
         let lanes = lanes.into_iter().zip(0..);
         let lanes = lanes.map(|(links, s)| Some(context.lanes(s, links?)));
         let lanes = lanes.collect();
-        let moving = Moving::new(context.incoming.take(), &core);
+        let moving = Moving::new(context.incoming.take());
         Ok(Self {
             core,
             moving,

@@ -20,6 +20,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 use super::engine::{self, Engine};
 use super::evictor::{self, Evictor, Unmapper};
 use super::handover::behind::Behind;
+use super::handover::bitmap::Bitmap;
 use super::handover::import::Incoming;
 use super::keeper::Mailbox;
 use super::preflight::{self, Target};
@@ -354,7 +355,11 @@ fn run(
             .map(|missing| {
                 let (ram, journal) = (ram.clone(), journal.clone());
                 let behind = Behind::again(missing, ram, journal, uffd.clone(), target);
-                Incoming { behind: Arc::new(behind), unmapped: Vec::new() }
+                Incoming {
+                    behind: Arc::new(behind),
+                    unmapped: Bitmap::default(),
+                    order: Vec::new(),
+                }
             }),
     };
     let behind = incoming.as_ref().map(|incoming| incoming.behind.clone());

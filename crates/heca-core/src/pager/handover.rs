@@ -64,6 +64,12 @@ impl Pager {
         self.active.len() + self.unmapping + self.storing
     }
 
+    /// Whether the region is being handed over; see [`super::Event::Freeze`].
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
     /// A page whose content is with the former owner, and the version of that one's newest attempt
     /// to store it. To be called before the first event.
     pub fn adopt_behind(&mut self, page: PageIndex, version: PageVersion) {

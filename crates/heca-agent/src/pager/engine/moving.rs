@@ -9,6 +9,7 @@ use heca_types::{Epoch, PageIndex, PageVersion};
 use heca_wire::{Body, EntryFlags, Header, Kind, PageEntry, encode_pages, page_checksum};
 
 use super::super::handover::behind::Behind;
+use super::super::handover::bitmap::Bitmap;
 use super::super::handover::import::Incoming;
 use super::super::handover::tracker::{Final, Tracker};
 use super::super::remote::chain;
@@ -37,32 +38,19 @@ struct Arrival {
     asks: Vec<PageEntry>,
     /// Pages that are here and were not mapped since, one bit each. A page that is to be unmapped
     /// leaves: mapping it behind the evictor's back would undo that.
-    unmapped: Vec<u64>,
+    unmapped: Bitmap,
     /// Where to look for them, the last ones first.
     order: Vec<(u64, u64)>,
 }
 
 impl Arrival {
-    fn new(incoming: Incoming, core: &Pager) -> Self {
-        let Incoming { behind, unmapped: order } = incoming;
-        let pages = core.gauges().pages;
-        let mut unmapped = vec![0; pages.div_ceil(64) as usize];
-        for &(first, count) in &order {
-            for page in first..first + count {
-                if core.is_local(PageIndex(page)) {
-                    unmapped[(page / 64) as usize] |= 1 << (page % 64);
-                }
-            }
-        }
+    fn new(incoming: Incoming) -> Self {
+        let Incoming { behind, unmapped, order } = incoming;
         Self { behind, source: None, asks: Vec::new(), unmapped, order }
     }
 
     fn take(&mut self, page: u64) -> bool {
-        let Some(word) = self.unmapped.get_mut((page / 64) as usize) else { return false };
-        let mask = 1 << (page % 64);
-        let was = *word & mask != 0;
-        *word &= !mask;
-        was
+        self.unmapped.clear(page)
     }
 
     /// Maps the pages of a range that are here and not mapped.
@@ -106,8 +94,8 @@ impl Arrival {
 }
 
 impl Moving {
-    pub(super) fn new(incoming: Option<Incoming>, core: &Pager) -> Self {
-        Self { tracker: None, arrival: incoming.map(|incoming| Arrival::new(incoming, core)) }
+    pub(super) fn new(incoming: Option<Incoming>) -> Self {
+        Self { tracker: None, arrival: incoming.map(Arrival::new) }
     }
 
     /// The connection to poll for pages that the guest waits for.
@@ -209,8 +197,10 @@ impl Engine {
         if self.moving.arrival.is_some() {
             busy |= self.take_from_source();
         }
+        // Until the guest may run, others need the processor more.
         if idle
             && !busy
+            && !self.core.is_frozen()
             && let Some(arrival) = &mut self.moving.arrival
         {
             busy |= arrival.map_more();

@@ -22,7 +22,7 @@ use heca_wire::{
 };
 
 use super::behind::Behind;
-use super::bitmap::AtomicBitmap;
+use super::bitmap::{AtomicBitmap, Bitmap};
 use super::transfer::{checked, punch};
 use super::{BULK_LINKS, Begin, Switch, Tag, be_nice, encode_message, parse, read_message};
 use crate::link::{Link, LinkError, Security};
@@ -45,8 +45,10 @@ pub(in super::super) type Arrivals = Vec<(u64, u64)>;
 /// What the engine of a VM that came from another host begins with.
 pub(in super::super) struct Incoming {
     pub(in super::super) behind: Arc<Behind>,
-    /// Pages that are here and not mapped yet, the last ones that came at the end.
-    pub(in super::super) unmapped: Arrivals,
+    /// Pages that are here and not mapped yet.
+    pub(in super::super) unmapped: Bitmap,
+    /// Where to look for them, the last ones that came at the end.
+    pub(in super::super) order: Arrivals,
 }
 
 /// The connections of one attempt of the source to reach this pager.
@@ -407,6 +409,7 @@ impl Importer {
         adopt_extents(core, &switch, &journal)?;
         journal.set_number(STORED, switch.stored);
         let mut behind_runs = Vec::new();
+        let mut unmapped = Bitmap::new(switch.pages);
         for run in PageRecords::new(records, switch.pages) {
             let (pages, record) = run.map_err(|error| broken(error.to_string()))?;
             let word = record.version().0;
@@ -415,27 +418,31 @@ impl Importer {
                 PageRecord::Behind(_) => word | BEHIND,
                 PageRecord::Remote(_) => word | DROPPED,
             };
-            if !matches!(record, PageRecord::Sent(_) | PageRecord::Behind(_)) {
-                free(&ram, &filled, pages.clone()).map_err(|e| io_error("free a page", &e))?;
+            if word != 0 {
+                pages.clone().for_each(|page| journal.set_version(page, word));
             }
-            for page in pages.clone() {
-                journal.set_version(page, word);
-                let index = PageIndex(page);
-                match record {
-                    PageRecord::Zero(version) => core.adopt_absent(index, version, false),
-                    PageRecord::Remote(version) => core.adopt_absent(index, version, true),
-                    PageRecord::Behind(version) => core.adopt_behind(index, version),
-                    PageRecord::Sent(version) => {
-                        if !self.known.get(page) {
-                            let text = format!("page {page} counts as sent and never came");
-                            return Err(broken(text));
-                        }
-                        core.adopt_resident(index, version);
+            match record {
+                PageRecord::Zero(version) | PageRecord::Remote(version) => {
+                    free(&ram, &filled, pages.clone()).map_err(|e| io_error("free a page", &e))?;
+                    if word != 0 {
+                        let dropped = matches!(record, PageRecord::Remote(_));
+                        let each = pages.map(PageIndex);
+                        each.for_each(|page| core.adopt_absent(page, version, dropped));
                     }
                 }
-            }
-            if matches!(record, PageRecord::Behind(_)) {
-                behind_runs.push(pages);
+                PageRecord::Behind(version) => {
+                    pages.clone().for_each(|page| core.adopt_behind(PageIndex(page), version));
+                    behind_runs.push(pages);
+                }
+                PageRecord::Sent(version) => {
+                    if !self.known.all(pages.clone()) {
+                        let first = pages.start;
+                        let text = format!("pages from {first} count as sent and never came");
+                        return Err(broken(text));
+                    }
+                    pages.clone().for_each(|page| core.adopt_resident(PageIndex(page), version));
+                    unmapped.set_range(pages);
+                }
             }
         }
         // Not before the guest may run here.
@@ -443,8 +450,8 @@ impl Importer {
         let behind = Behind::new(filled, ram, journal, prepared.uffd.clone(), prepared.target());
         behind_runs.into_iter().for_each(|pages| behind.expect(pages));
         let behind = Arc::new(behind);
-        let unmapped = std::mem::take(&mut *lock(&self.arrivals));
-        let incoming = Incoming { behind: behind.clone(), unmapped };
+        let order = std::mem::take(&mut *lock(&self.arrivals));
+        let incoming = Incoming { behind: behind.clone(), unmapped, order };
         let handle = prepared.run(incoming)?;
         if let Some(link) = lock(&self.session).demand.take() {
             handle.mailbox().send(Message::Source(Some(Box::new(link))));
@@ -636,6 +643,9 @@ fn free(
     filled: &AtomicBitmap,
     pages: std::ops::Range<u64>,
 ) -> std::io::Result<()> {
+    if !filled.any(pages.clone()) {
+        return Ok(());
+    }
     let mut at = pages.start;
     while at < pages.end {
         if !filled.get(at) {
