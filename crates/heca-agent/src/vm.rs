@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use heca_api::{
-    AccelChoice, ApiError, Client, PagerStats, Resize, SponsorAddress, VmInfo, VmRequest, VmState,
+    AccelChoice, ApiError, Client, MigrationMode, PagerStats, Resize, SponsorAddress, VmInfo,
+    VmRequest, VmState,
 };
 use heca_types::OwnerId;
 use heca_types::limits::SPONSORS_MAX;
@@ -61,6 +62,12 @@ struct Record {
     /// It comes from another host and may not run here yet.
     #[serde(default)]
     incoming: Option<Uuid>,
+    /// It came from another host, in this way.
+    #[serde(default)]
+    arrived: Option<MigrationMode>,
+    /// The name of the attempt that brought it.
+    #[serde(default)]
+    came_as: Option<Uuid>,
     /// It goes to another host, and the right to run may be there.
     #[serde(default)]
     handover: Option<Handover>,
@@ -95,6 +102,8 @@ struct Vm {
     leave: Mutex<Option<Arc<Leave>>>,
     /// What an operator decided about a move whose target is silent: whether it runs here.
     resolution: Mutex<Option<bool>>,
+    /// A target was told of every page: the pager may not be replaced, unless the VM stays.
+    switched: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -212,9 +221,10 @@ impl VmManager {
                     continue;
                 }
             };
-            if record.incoming.is_some()
-                || (record.pager.is_none() && record.config.import.is_none())
-            {
+            // One that came is ours from the moment in which that was written down.
+            let expected = record.incoming.is_some_and(|id| !self.has_arrived(id));
+            let unfinished = record.pager.is_none() && record.arrived.is_none();
+            if expected || unfinished {
                 // The agent ended while it started this VM, or while it was about to come: the guest
                 // has not run here yet.
                 qemu.kill();
@@ -229,15 +239,18 @@ impl VmManager {
             *lock(&vm.record) = Some(record.clone());
             *lock(&vm.accel) = record.accel;
             // One whose pager is gone gets a new one at once, from who watches it.
-            *lock(&vm.state) = if pager.is_some() { VmState::Running } else { VmState::PagerLost };
+            let served = pager.is_some() || record.pager.is_none();
+            *lock(&vm.state) = if served { VmState::Running } else { VmState::PagerLost };
             *lock(&vm.qmp) = Qmp::connect(&vm.paths().qmp_socket, QMP_TIMEOUT).ok();
             *lock(&vm.running) = Some(Running { qemu: Arc::new(qemu), pager });
             if record.handover.is_some() {
                 *lock(&vm.state) = VmState::Leaving;
             }
             watch(&vm);
-            if let Some(handover) = &record.handover {
-                self.adopt_leave(&vm, handover);
+            match &record.handover {
+                Some(handover) => self.adopt_leave(&vm, handover),
+                // The former agent may have ended amid a move.
+                None => self.see_that_it_runs(&vm, record.arrived, record.pager.is_none()),
             }
             lock(&self.vms).insert(record.request.name, vm);
         }
@@ -261,6 +274,7 @@ impl VmManager {
             program: self.program.clone(),
             leave: Mutex::default(),
             resolution: Mutex::default(),
+            switched: AtomicBool::new(false),
         }
     }
 
@@ -359,6 +373,10 @@ impl VmManager {
         *lock(&self.program) = program.to_owned();
         for name in self.names() {
             let Ok(vm) = self.find(&name) else { continue };
+            if *lock(&vm.state) != VmState::Running || !vm.is_at_home() {
+                tracing::warn!(vm = name, "moves: its pager is not replaced");
+                continue;
+            }
             let _starting = lock(&vm.starting);
             let pager = lock(&vm.running).as_ref().and_then(|running| running.pager.clone());
             let (Some(pager), before) = (pager, lock(&vm.restarts).count) else { continue };
@@ -450,13 +468,19 @@ impl VmManager {
     }
 
     /// Removes a VM that runs on another host now: its memory is that one's.
-    fn remove_left(&self, vm: &Arc<Vm>) {
+    fn remove_left(&self, vm: &Arc<Vm>, give_back: bool) {
         if let Some(running) = lock(&vm.running).take() {
-            // The pager first: it would give the region back.
-            if let Some(pager) = &running.pager {
+            let pager = running.pager.as_ref();
+            // The pager first, or it would give the region back.
+            if let Some(pager) = pager.filter(|_| !give_back) {
                 pager.kill();
             }
             running.qemu.kill();
+            if let Some(pager) = pager
+                && !pager.wait(EXIT_TIMEOUT)
+            {
+                pager.kill();
+            }
         }
         end(vm);
         self.forget(vm);
@@ -523,6 +547,8 @@ impl VmManager {
             pager: None,
             config: config.clone(),
             incoming: None,
+            arrived: None,
+            came_as: None,
             handover: None,
         };
         vm.write_record(&record)?;

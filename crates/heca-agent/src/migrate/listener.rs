@@ -105,6 +105,9 @@ fn converse(link: &mut Link, vms: &Arc<VmManager>, local: SocketAddr) -> Result<
             Err(error) => break Err(error),
         };
         let told = match ask {
+            Ask::Prepare(_) if arrival.is_some() => {
+                Told::Failed(ApiError::new("one-each", "this connection has prepared a VM already"))
+            }
             Ask::Prepare(prepare) => {
                 match vms.prepare(*prepare, local, &mut |held| arrival = Some(held)) {
                     Ok(prepared) => Told::Prepared(prepared),
@@ -143,6 +146,7 @@ fn answer(
         }
         Ask::Query { id } => say(vms.hear(id, TargetEvent::Asked)?),
         Ask::GiveUp { id } => say(vms.hear(id, TargetEvent::GiveUp)?),
+        Ask::Needs { id } => Told::Needs { source: vms.needs_source(id) },
         Ask::Forget { id } => {
             vms.forget_arrival(id);
             Told::Done

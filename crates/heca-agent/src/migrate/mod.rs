@@ -40,8 +40,6 @@ pub(crate) struct Prepare {
     pub(crate) request: VmRequest,
     pub(crate) accel: String,
     pub(crate) mode: MigrationMode,
-    /// Longest downtime that QEMU may plan with, in milliseconds.
-    pub(crate) max_downtime_ms: u64,
     /// None if QEMU moves the memory: the VM gets a region of its own then.
     pub(crate) region: Option<RegionInfo>,
     /// Content of the file of the key that pages are sealed with.
@@ -64,6 +62,8 @@ pub(crate) enum Ask {
     Query { id: Uuid },
     /// The source keeps the guest.
     GiveUp { id: Uuid },
+    /// Does the VM that came still need its former host?
+    Needs { id: Uuid },
     /// The source has heard that the guest runs on the target, and asks no more.
     Forget { id: Uuid },
 }
@@ -82,6 +82,10 @@ pub(crate) enum Told {
         took_ms: Option<(f64, f64)>,
     },
     Import(ImportInfo),
+    /// Whether the VM needs its former host.
+    Needs {
+        source: bool,
+    },
     Failed(ApiError),
     Done,
 }

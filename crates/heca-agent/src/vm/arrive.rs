@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use heca_api::{ApiError, Client, ImportInfo, MigrationMode, VmState};
 use heca_core::handover::{Answer, Target, TargetAction, TargetEvent};
 use heca_types::{Epoch, OwnerId, RegionId};
-use heca_vmm::command_line::Accel;
+use heca_vmm::command_line::VmSpec;
 use heca_vmm::host;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -27,6 +27,10 @@ use crate::pager::{ImportConfig, PagerConfig, check_budget};
 const RETURN_TIME: Duration = Duration::from_secs(20);
 /// Longest wait for one more event of QEMU before its processes are looked at.
 const EVENT_LOOK: Duration = Duration::from_millis(50);
+/// States of a QEMU whose guest is held for a migration, or after one.
+const HELD: [&str; 5] = ["paused", "prelaunch", "inmigrate", "postmigrate", "finish-migrate"];
+/// VMs that may be on their way here at a time.
+const ARRIVALS_MAX: usize = 16;
 
 /// A VM on its way to this host.
 #[derive(Debug)]
@@ -93,6 +97,10 @@ impl VmManager {
     ) -> Result<Prepared, ApiError> {
         let request = &prepare.request;
         self.refuse_if_closing()?;
+        if lock(&self.arrivals).len() >= ARRIVALS_MAX {
+            let text = format!("{ARRIVALS_MAX} VMs are on their way to this host already");
+            return Err(ApiError::new("too-many", text).hint("try again later"));
+        }
         check_budget(request.local)?;
         let accel = match prepare.accel.as_str() {
             "kvm" => host::AccelChoice::Kvm,
@@ -100,6 +108,8 @@ impl VmManager {
         };
         let accel = host::choose_accel(accel)
             .map_err(|error| ApiError::new("no-accel", error.to_string()))?;
+        // Before its name becomes a path.
+        let spec = spec_of(request, accel)?;
         let vm = Arc::new(self.describe(request));
         *lock(&vm.accel) = prepare.accel.clone();
         *lock(&vm.state) = VmState::Arriving;
@@ -115,7 +125,7 @@ impl VmManager {
         });
         lock(&self.arrivals).insert(prepare.id, arrival.clone());
         hold(arrival.clone());
-        match self.get_ready(&arrival, &prepare, accel, local) {
+        match self.get_ready(&arrival, &prepare, spec, local) {
             Ok(prepared) => Ok(prepared),
             Err(error) => {
                 let _ = self.hear(prepare.id, TargetEvent::GiveUp);
@@ -128,11 +138,10 @@ impl VmManager {
         &self,
         arrival: &Arrival,
         prepare: &Prepare,
-        accel: Accel,
+        mut spec: VmSpec,
         local: SocketAddr,
     ) -> Result<Prepared, ApiError> {
         let (vm, request) = (&arrival.vm, &prepare.request);
-        let mut spec = spec_of(request, accel)?;
         spec.extra_args.extend(["-incoming".to_owned(), "defer".to_owned()]);
         let qemu = host::find_qemu(request.qemu.as_deref())
             .map_err(|error| ApiError::new("no-qemu", error.to_string()))?;
@@ -181,6 +190,8 @@ impl VmManager {
             pager: None,
             config: config.clone(),
             incoming: Some(arrival.id),
+            arrived: None,
+            came_as: None,
             handover: None,
         };
         vm.write_record(&record)?;
@@ -268,6 +279,7 @@ impl VmManager {
                 Err(heca_vmm::qmp::QmpError::Timeout { .. }) => {}
                 Err(error) => return Err(qemu_error(&error)),
             }
+            arrival.check_alive()?;
             if Instant::now() > deadline {
                 return Err(lost("the guest's state did not come in time"));
             }
@@ -304,7 +316,7 @@ impl VmManager {
             }
         }
         let before = *state;
-        let mut said = Answer::Dropped;
+        let mut said = None;
         for action in state.step(event) {
             match *action {
                 TargetAction::Record if *state == Target::Running => {
@@ -318,10 +330,83 @@ impl VmManager {
                 TargetAction::Record => {}
                 TargetAction::Run => self.run_arrival(&arrival),
                 TargetAction::Remove => self.remove_arrival(&arrival),
-                TargetAction::Answer(answer) => said = answer,
+                TargetAction::Answer(answer) => said = Some(answer),
             }
         }
-        Ok(said)
+        match (said, *state) {
+            (Some(answer), _) => Ok(answer),
+            (None, Target::Running) => Ok(Answer::Running),
+            (None, Target::Dropped) => Ok(Answer::Dropped),
+            (None, Target::Waiting | Target::Loaded) => {
+                Err(ApiError::new("not-yet", "the guest's state is not here yet"))
+            }
+        }
+    }
+
+    /// Whether it was written down that a VM came.
+    pub(super) fn has_arrived(&self, id: Uuid) -> bool {
+        tombstone(self, id).exists()
+    }
+
+    /// Whether a VM that came still needs its former host.
+    pub(crate) fn needs_source(&self, id: Uuid) -> bool {
+        let vms: Vec<Arc<Vm>> = lock(&self.vms).values().cloned().collect();
+        let is = |vm: &&Arc<Vm>| {
+            *lock(&vm.state) != VmState::Stopped
+                && lock(&vm.record).as_ref().is_some_and(|record| record.came_as == Some(id))
+        };
+        let Some(vm) = vms.iter().find(is) else { return false };
+        let import: Result<ImportInfo, ApiError> =
+            call(vm.pager_socket(), "/v1/import", None, Duration::from_secs(2));
+        // A pager that does not answer is being replaced, and its successor may want some.
+        import.map_or(true, |import| !import.done)
+    }
+
+    /// Has a guest go on that a former agent of this host was about to move, or to take over: the
+    /// right to run is here.
+    pub(super) fn see_that_it_runs(
+        self: &Arc<Self>,
+        vm: &Arc<Vm>,
+        arrived: Option<MigrationMode>,
+        has_no_pager: bool,
+    ) {
+        let (manager, vm) = (self.clone(), vm.clone());
+        std::thread::spawn(move || {
+            let name = lock(&vm.request).name.clone();
+            let quick = Duration::from_secs(10);
+            let tell = |path: &str| {
+                let told: Result<(), ApiError> =
+                    call(vm.pager_socket(), path, Some(&json!({})), quick);
+                if let Err(error) = told {
+                    tracing::debug!(vm = name, path, "not needed: {error}");
+                }
+            };
+            if arrived.is_some() {
+                tell("/v1/import/commit");
+                let _ = vm.change_record(|record| record.incoming = None);
+            }
+            tell("/v1/export/abort");
+            {
+                let mut qmp = lock(&vm.qmp);
+                let status = qmp.as_mut().and_then(|qmp| qmp.query_status().ok());
+                if status.is_some_and(|status| HELD.contains(&status.as_str()))
+                    && let Some(qmp) = qmp.as_mut()
+                {
+                    let _ = qmp.execute("migrate_cancel", Value::Null);
+                    let deadline = Instant::now() + quick;
+                    while qmp.query_status().is_ok_and(|status| status != "running")
+                        && Instant::now() < deadline
+                    {
+                        let _ = qmp.cont();
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    tracing::info!(vm = name, "the guest goes on");
+                }
+            }
+            if has_no_pager && let Some(mode) = arrived {
+                manager.page_arrival(&vm, mode, &name);
+            }
+        });
     }
 
     fn record_arrival(&self, arrival: &Arrival) -> Result<(), ApiError> {
@@ -329,7 +414,11 @@ impl VmManager {
         fs::create_dir_all(&self.arrived_dir)
             .and_then(|()| fs::write(&path, b"running\n"))
             .map_err(|error| io_error("write", &path, &error))?;
-        arrival.vm.change_record(|record| record.incoming = None)
+        arrival.vm.change_record(|record| {
+            record.incoming = None;
+            record.arrived = Some(arrival.mode);
+            record.came_as = Some(arrival.id);
+        })
     }
 
     /// The guest may run here, and from here on nowhere else.
@@ -339,7 +428,7 @@ impl VmManager {
         let begun = Instant::now();
         if arrival.mode.is_qemu() {
             self.resume_guest(vm, &name);
-            self.page_arrival(arrival, &name);
+            self.page_arrival(vm, arrival.mode, &name);
         } else {
             let commit = Some(json!({}));
             let committed: Result<(), ApiError> = call(
@@ -385,9 +474,9 @@ impl VmManager {
 
     /// A guest whose memory QEMU moved gets its pager now; where memory still follows, once it is
     /// all here, as QEMU watches the memory itself until then.
-    fn page_arrival(self: &Arc<Self>, arrival: &Arrival, name: &str) {
-        let vm = arrival.vm.clone();
-        let (name, postcopy) = (name.to_owned(), arrival.mode.is_postcopy());
+    fn page_arrival(self: &Arc<Self>, vm: &Arc<Vm>, mode: MigrationMode, name: &str) {
+        let vm = vm.clone();
+        let (name, postcopy) = (name.to_owned(), mode.is_postcopy());
         let work = move || {
             let still_follows = || {
                 let mut qmp = lock(&vm.qmp);
@@ -401,10 +490,10 @@ impl VmManager {
             match start_pager(&vm, &record.config, |_| {}) {
                 Ok((pager, _)) => {
                     let started = identity(&pager);
-                    let _ = vm.change_record(|record| record.pager = Some(started));
                     if let Some(running) = &mut *lock(&vm.running) {
                         running.pager = Some(pager);
                     }
+                    let _ = vm.change_record(|record| record.pager = Some(started));
                 }
                 Err(error) => {
                     let detail = error.detail.clone().unwrap_or_default();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use heca_api::VmState;
@@ -43,6 +44,8 @@ pub(super) fn watch(vm: &Arc<Vm>) {
             }
             let handover = lock(&vm.record).as_ref().and_then(|record| record.handover.clone());
             match handover.map(|handover| (handover.state, handover.pager)) {
+                // What the target was told is not to be changed by a successor.
+                None if vm.switched.load(Ordering::SeqCst) => std::thread::sleep(LOOK),
                 None => {
                     if pager.is_none() && *lock(&vm.state) == VmState::Running {
                         // QEMU brought its memory here, and it gets its first pager just now.

@@ -87,6 +87,11 @@ impl Bitmap {
         each_word(range, |word, mask| self.words[word] |= mask);
     }
 
+    /// Whether a bit is set.
+    pub(crate) fn get(&self, bit: u64) -> bool {
+        self.words.get((bit / 64) as usize).is_some_and(|word| word >> (bit % 64) & 1 == 1)
+    }
+
     /// Clears a bit; returns whether it was set before.
     pub(crate) fn clear(&mut self, bit: u64) -> bool {
         let Some(word) = self.words.get_mut((bit / 64) as usize) else { return false };

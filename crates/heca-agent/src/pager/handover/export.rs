@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use heca_types::RegionId;
 use heca_types::limits::{FRAME_PAGES_MAX, PAGE_BYTES};
 use heca_wire::{Body, Kind, Role};
 
-use super::bitmap::AtomicBitmap;
+use super::outgoing::{Next, Outgoing, Pacer};
 use super::tracker::{Shared, Tracker, Work};
 use super::transfer::Sender;
 use super::{BULK_LINKS, Begin, Tag, be_nice, encode_message, read_message};
@@ -47,99 +47,6 @@ struct Counts {
     sent_after: AtomicU64,
     demanded: AtomicU64,
     bytes: AtomicU64,
-}
-
-/// Keeps several threads within one bound of bytes a second.
-#[derive(Debug)]
-struct Pacer {
-    bytes_per_s: Option<u64>,
-    next: Mutex<Instant>,
-}
-
-impl Pacer {
-    fn new(bytes_per_s: Option<u64>) -> Self {
-        Self { bytes_per_s, next: Mutex::new(Instant::now()) }
-    }
-
-    /// Waits until these bytes may be sent.
-    fn take(&self, bytes: u64) {
-        let Some(rate) = self.bytes_per_s else { return };
-        let due = {
-            let mut next = lock(&self.next);
-            let due = (*next).max(Instant::now());
-            *next = due + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-            due
-        };
-        std::thread::sleep(due.saturating_duration_since(Instant::now()));
-    }
-}
-
-/// What is behind, and the order in which it goes.
-#[derive(Debug)]
-struct Outgoing {
-    pages: u64,
-    pending: AtomicBitmap,
-    order: Mutex<Arc<Vec<u64>>>,
-    cursor: AtomicUsize,
-    /// So many of the first pages of the order go at once, the others once the guest runs.
-    hot: AtomicUsize,
-    /// When the others may go.
-    released: Mutex<Option<Instant>>,
-    unique: AtomicU64,
-}
-
-impl Outgoing {
-    fn new(pages: u64) -> Self {
-        Self {
-            pages,
-            pending: AtomicBitmap::new(pages),
-            order: Mutex::default(),
-            cursor: AtomicUsize::new(0),
-            hot: AtomicUsize::new(0),
-            released: Mutex::new(None),
-            unique: AtomicU64::new(0),
-        }
-    }
-
-    fn set(&self, behind: Vec<u64>, hot: usize) {
-        self.pending.clear_range(0..self.pages);
-        behind.iter().for_each(|&page| {
-            self.pending.set(page);
-        });
-        self.cursor.store(0, Ordering::SeqCst);
-        self.hot.store(hot, Ordering::SeqCst);
-        *lock(&self.order) = Arc::new(behind);
-    }
-
-    fn may_go(&self, position: usize) -> bool {
-        position < self.hot.load(Ordering::SeqCst)
-            || lock(&self.released).is_some_and(|at| at <= Instant::now())
-    }
-
-    /// The next pages to send, for whoever asks; none if they are not to go yet.
-    fn next(&self) -> Next {
-        let order = lock(&self.order).clone();
-        let position = self.cursor.load(Ordering::SeqCst);
-        if position >= order.len() {
-            return Next::End;
-        }
-        if !self.may_go(position) {
-            return Next::Later;
-        }
-        let position = self.cursor.fetch_add(FRAME_PAGES_MAX, Ordering::SeqCst);
-        let end = (position + FRAME_PAGES_MAX).min(order.len());
-        let Some(batch) = order.get(position..end) else { return Next::End };
-        let mut batch: Vec<u64> =
-            batch.iter().copied().filter(|&page| self.pending.clear(page)).collect();
-        batch.sort_unstable();
-        Next::Pages(batch)
-    }
-}
-
-enum Next {
-    Pages(Vec<u64>),
-    Later,
-    End,
 }
 
 /// The connections of one attempt.
@@ -291,9 +198,6 @@ impl Export {
             .recv_timeout(ENGINE_TIMEOUT)
             .map_err(|_| ApiError::new("pager-silent", "the pager does not end its work"))?
             .map_err(|error| io_error("look for written pages", &error))?;
-        let outgoing = &self.state.outgoing;
-        outgoing.unique.store(last.behind.len() as u64, Ordering::SeqCst);
-        outgoing.set(last.behind, last.hot);
         let json = serde_json::to_vec(&last.switch).expect("plain data");
         let mut message = Vec::with_capacity(8 + json.len() + last.records.len());
         message.extend_from_slice(&(json.len() as u64).to_le_bytes());
@@ -304,6 +208,10 @@ impl Export {
         let before = (lead.bytes_received, lead.bytes_sent);
         lead.flush_blocking().map_err(broken)?;
         self.state.count_bytes(&lead, before);
+        let (behind, hot) = last.order();
+        let outgoing = &self.state.outgoing;
+        outgoing.unique.store(behind.len() as u64, Ordering::SeqCst);
+        outgoing.set(behind, hot);
         let bulk = threads
             .into_iter()
             .map(|thread| thread.join().unwrap_or_else(|_| Err(LinkError::Closed)).map_err(broken));
@@ -430,7 +338,14 @@ fn copy(
                 }
                 shared.queued.fetch_sub(count, Ordering::SeqCst);
             }
-            Work::Drop(pages) => sender.send_drop(&pages, &mut link)?,
+            Work::Drop(pages) => {
+                for &page in &pages {
+                    // It may have been queued, sent and counted as fresh meanwhile.
+                    shared.fresh.clear(page);
+                    shared.sent.clear(page);
+                }
+                sender.send_drop(&pages, &mut link)?;
+            }
             Work::Barrier => {
                 encode_message(region, Tag::Barrier, &[], link.output());
                 link.flush_blocking()?;

@@ -5,7 +5,6 @@
 //! while it loaded its state, is answered then. Sponsors are asked under the former owner's epoch
 //! until the guest may run here: see [`Importer::commit`].
 
-use std::io::IoSlice;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
@@ -17,14 +16,12 @@ use heca_core::handover::{PageRecord, PageRecords, encode_records};
 use heca_core::pager::{Event, Pager};
 use heca_types::limits::{CONNECT_TIMEOUT_MS, PAGE_BYTES};
 use heca_types::{ExtentIndex, OwnerId, PageIndex, PageVersion};
-use heca_wire::{
-    Body, DecodeError, EntryFlags, HelloAck, Kind, PageList, Role, VERSION_MAX, VERSION_MIN,
-};
+use heca_wire::{Body, DecodeError, HelloAck, Kind, Role, VERSION_MAX, VERSION_MIN};
 
 use super::behind::Behind;
 use super::bitmap::{AtomicBitmap, Bitmap};
-use super::transfer::{checked, punch};
-use super::{BULK_LINKS, Begin, Switch, Tag, be_nice, encode_message, parse, read_message};
+use super::transfer::punch;
+use super::{BULK_LINKS, Begin, Switch, Tag, encode_message, parse, read_message};
 use crate::link::{Link, LinkError, Security};
 use crate::pager::engine::Message;
 use crate::pager::remote::{chain, lock};
@@ -33,7 +30,7 @@ use crate::pager::{PagerConfig, PagerHandle, io_error};
 
 /// Longest time that the sponsors may take to learn of their region's new owner before the guest
 /// runs without those that did not.
-const TAKE_OVER_PATIENCE: Duration = Duration::from_millis(500);
+const TAKE_OVER_PATIENCE: Duration = Duration::from_millis(150);
 /// How often the target looks whether all is there.
 const LOOK: Duration = Duration::from_millis(10);
 /// Longest silence of a source that is sending.
@@ -61,7 +58,7 @@ struct Session {
 
 /// How far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     Receiving,
     /// The source told of every page.
     Switched,
@@ -73,23 +70,23 @@ pub(in super::super) struct Importer {
     config: PagerConfig,
     ticket: OwnerId,
     security: Security,
-    prepared: Mutex<Option<Prepared>>,
-    behind: OnceLock<Arc<Behind>>,
+    pub(super) prepared: Mutex<Option<Prepared>>,
+    pub(super) behind: OnceLock<Arc<Behind>>,
     /// Before the switch: pages whose file has content, and pages whose content came.
-    filled: Mutex<Option<AtomicBitmap>>,
-    known: AtomicBitmap,
-    arrivals: Mutex<Arrivals>,
-    stage: (Mutex<Stage>, Condvar),
-    barriers: (Mutex<usize>, Condvar),
+    pub(super) filled: Mutex<Option<AtomicBitmap>>,
+    pub(super) known: AtomicBitmap,
+    pub(super) arrivals: Mutex<Arrivals>,
+    pub(super) stage: (Mutex<Stage>, Condvar),
+    pub(super) barriers: (Mutex<usize>, Condvar),
     session: Mutex<Session>,
-    handle: OnceLock<PagerHandle>,
+    pub(super) handle: OnceLock<PagerHandle>,
     committed: AtomicBool,
     done: AtomicBool,
-    received: AtomicU64,
-    pages: u64,
+    pub(super) received: AtomicU64,
+    pub(super) pages: u64,
 }
 
-fn protocol(what: &'static str) -> LinkError {
+pub(super) fn protocol(what: &'static str) -> LinkError {
     DecodeError::Field { kind: Kind::Blob, what }.into()
 }
 
@@ -468,156 +465,6 @@ impl Importer {
         );
         Ok(())
     }
-
-    /// A bulk connection.
-    fn receive(&self, mut link: Link) {
-        be_nice();
-        let mut switched = *lock(&self.stage.0) == Stage::Switched;
-        let outcome = loop {
-            match self.take_frame(&mut link, &mut switched) {
-                Ok(()) => {}
-                Err(error) => break error,
-            }
-        };
-        if !matches!(outcome, LinkError::Closed) {
-            tracing::debug!("a connection of the source ended: {}", chain(&outcome));
-        }
-        // Whatever is wrong with it: the source connects anew.
-        link.shut_down();
-    }
-
-    fn take_frame(&self, link: &mut Link, switched: &mut bool) -> Result<(), LinkError> {
-        while !link.has_frame()? {
-            link.receive_blocking()?;
-        }
-        let Some((header, body)) = link.next_frame()? else { return Ok(()) };
-        match body {
-            Body::Pages(list) if header.kind == Kind::Write => {
-                self.received.fetch_add(list.entries().len() as u64, Ordering::Relaxed);
-                if *switched { self.bring(&list) } else { self.store(&list) }
-            }
-            Body::Pages(list) if header.kind == Kind::Discard && !*switched => {
-                let filled = lock(&self.filled);
-                let prepared = lock(&self.prepared);
-                let (Some(filled), Some(prepared)) = (&*filled, &*prepared) else {
-                    return Err(protocol("pages after the switch"));
-                };
-                for entry in list.entries() {
-                    let page = entry.page().0;
-                    self.check(page)?;
-                    self.known.clear(page);
-                    if filled.clear(page) {
-                        punch(&prepared.ram, page, 1)?;
-                    }
-                }
-                Ok(())
-            }
-            Body::Blob(_) if header.request == Tag::Barrier as u64 && !*switched => {
-                *lock(&self.barriers.0) += 1;
-                self.barriers.1.notify_all();
-                let (stage, changed) = &self.stage;
-                let stage = changed
-                    .wait_while(lock(stage), |stage| *stage == Stage::Receiving)
-                    .unwrap_or_else(PoisonError::into_inner);
-                if *stage == Stage::Failed {
-                    return Err(LinkError::Closed);
-                }
-                *switched = true;
-                Ok(())
-            }
-            _ => Err(LinkError::Unexpected { found: header.kind }),
-        }
-    }
-
-    fn check(&self, page: u64) -> Result<(), LinkError> {
-        if page < self.pages { Ok(()) } else { Err(protocol("a page beyond the region")) }
-    }
-
-    /// Before the switch: into the file.
-    fn store(&self, list: &PageList<'_>) -> Result<(), LinkError> {
-        // Held by the switch only for as long as it takes to take them.
-        let (ram, filled) = {
-            let prepared = lock(&self.prepared);
-            let Some(prepared) = &*prepared else { return Err(protocol("pages after the switch")) };
-            (prepared.ram.clone(), &self.filled)
-        };
-        let mut run: Vec<IoSlice<'_>> = Vec::with_capacity(list.entries().len());
-        let mut first = 0;
-        let flush = |run: &mut Vec<IoSlice<'_>>, first: u64| -> Result<(), LinkError> {
-            if run.is_empty() {
-                return Ok(());
-            }
-            let pages = first..first + run.len() as u64;
-            if let Some(filled) = &*lock(filled) {
-                filled.set_range(pages.clone());
-            }
-            write_run(&ram, run, first)?;
-            self.known.set_range(pages);
-            lock(&self.arrivals).push((first, run.len() as u64));
-            run.clear();
-            Ok(())
-        };
-        for (entry, data) in list.iter() {
-            let page = entry.page().0;
-            self.check(page)?;
-            let bytes = checked(entry, data).ok_or_else(|| protocol("a page is damaged"))?;
-            let zero = entry.flags().contains(EntryFlags::ZERO);
-            if zero || page != first + run.len() as u64 {
-                flush(&mut run, first)?;
-                first = page;
-            }
-            if zero {
-                let held = lock(filled);
-                if held.as_ref().is_some_and(|filled| filled.clear(page)) {
-                    punch(&ram, page, 1)?;
-                }
-                drop(held);
-                self.known.set(page);
-                first = page + 1;
-            } else {
-                run.push(IoSlice::new(bytes));
-            }
-        }
-        flush(&mut run, first)
-    }
-
-    /// After the switch: into the guest's memory.
-    fn bring(&self, list: &PageList<'_>) -> Result<(), LinkError> {
-        let (Some(behind), Some(handle)) = (self.behind.get(), self.handle.get()) else {
-            return Err(protocol("pages before the switch"));
-        };
-        let mut brought: Vec<PageIndex> = Vec::with_capacity(list.entries().len());
-        for (entry, data) in list.iter() {
-            let bytes = checked(entry, data).ok_or_else(|| protocol("a page is damaged"))?;
-            let zero = entry.flags().contains(EntryFlags::ZERO);
-            if behind.bring(entry.page(), (!zero).then_some(bytes))? {
-                brought.push(entry.page());
-            }
-        }
-        for run in brought.chunk_by(|a, b| a.0 + 1 == b.0) {
-            let _ = behind.map(run[0].0..run[0].0 + run.len() as u64);
-        }
-        let events = brought.into_iter().map(|page| Event::Arrived { page }).collect();
-        handle.mailbox().send(Message::Events(events));
-        Ok(())
-    }
-}
-
-fn write_run(ram: &std::fs::File, run: &[IoSlice<'_>], first: u64) -> std::io::Result<()> {
-    let mut offset = PageIndex(first).offset();
-    let mut left = run.len() * PAGE_BYTES;
-    let mut at = 0;
-    while left > 0 {
-        let written = rustix::io::pwritev(ram, &run[at..], offset)?;
-        // Whole pages: tmpfs ends early only when it has no memory.
-        if written == 0 || !written.is_multiple_of(PAGE_BYTES) {
-            return Err(std::io::ErrorKind::StorageFull.into());
-        }
-        offset += written as u64;
-        left -= written;
-        at += written / PAGE_BYTES;
-    }
-    Ok(())
 }
 
 fn adopt_extents(

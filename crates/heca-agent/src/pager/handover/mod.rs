@@ -22,6 +22,8 @@ pub(super) mod behind;
 pub(super) mod bitmap;
 pub(super) mod export;
 pub(super) mod import;
+mod outgoing;
+mod receive;
 pub(super) mod tracker;
 mod transfer;
 

@@ -7,6 +7,7 @@
 //! not see to be unwritten.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -17,7 +18,7 @@ use heca_sys::pagemap::Pagemap;
 use heca_types::limits::{EXTENT_BYTES, FRAME_PAGES_MAX, PAGE_BYTES};
 use heca_types::{ExtentIndex, PageIndex};
 
-use super::bitmap::AtomicBitmap;
+use super::bitmap::{AtomicBitmap, Bitmap};
 use super::{BULK_LINKS, Switch};
 use crate::pager::preflight::Target;
 
@@ -96,10 +97,25 @@ pub(in super::super) struct Tracker {
 pub(in super::super) struct Final {
     pub(super) switch: Switch,
     pub(super) records: Vec<u8>,
-    /// Pages that are behind, the likeliest to be needed first.
-    pub(super) behind: Vec<u64>,
-    /// So many of them were written all the time.
-    pub(super) hot: usize,
+    /// Pages that are behind.
+    behind: Vec<Range<u64>>,
+    heat: Vec<u8>,
+}
+
+impl Final {
+    /// Pages that are behind, the likeliest to be needed first, and how many of them were written all
+    /// the time. Takes a while: the target is told first.
+    pub(super) fn order(&self) -> (Vec<u64>, usize) {
+        // Pages that nearly every look found written: what a guest writes without end it needs at
+        // once. Then by how often the last looks found them.
+        let mut buckets: [Vec<u64>; 5] = Default::default();
+        for page in self.behind.iter().cloned().flatten() {
+            let heat = self.heat[page as usize] & 0xf;
+            buckets[heat.count_ones() as usize].push(page);
+        }
+        let hot = buckets[HOT_LOOKS as usize..].iter().map(Vec::len).sum();
+        (buckets.into_iter().rev().flatten().collect(), hot)
+    }
 }
 
 impl Tracker {
@@ -158,7 +174,7 @@ impl Tracker {
         Ok(())
     }
 
-    fn queue(&self, core: &Pager, pages: std::ops::Range<u64>) {
+    fn queue(&self, core: &Pager, pages: Range<u64>) {
         let mut batch = Vec::with_capacity(FRAME_PAGES_MAX);
         let send = |batch: &mut Vec<u64>| {
             if let Some(&first) = batch.first() {
@@ -211,14 +227,8 @@ impl Tracker {
         }
         self.switched = true;
         let all = self.heat.len() as u64;
-        let unwritten = AtomicBitmap::new(all);
-        let base = self.target.base;
-        let number = |address: u64| (address - base) / PAGE_BYTES as u64;
-        self.pagemap.protected(base..base + all * PAGE_BYTES as u64, |run| {
-            unwritten.set_range(number(run.start)..number(run.end));
-        })?;
-        let mut behind = Order::default();
-        let heat = &self.heat;
+        let unwritten = self.unwritten(all)?;
+        let mut behind: Vec<Range<u64>> = Vec::new();
         let record = |page: u64| {
             let (holding, version) = core.holding(PageIndex(page));
             match holding {
@@ -228,34 +238,44 @@ impl Tracker {
                     PageRecord::Sent(version)
                 }
                 Holding::Local => {
-                    behind.push(page, heat[page as usize]);
+                    match behind.last_mut() {
+                        Some(run) if run.end == page => run.end += 1,
+                        _ => behind.push(page..page + 1),
+                    }
                     PageRecord::Behind(version)
                 }
             }
         };
         let mut records = Vec::new();
         encode_records((0..all).map(record), &mut records);
-        let (behind, hot) = behind.finish();
         let extents = (0..core.layout().len()).map(|e| core.extent_record(ExtentIndex(e)));
         let switch =
             Switch { pages: all, extents: extents.collect(), stored, record_bytes: records.len() };
-        Ok(Final { switch, records, behind, hot })
-    }
-}
-
-/// Pages by how often the last looks found them written. Pages that nearly every look found come
-/// first: what a guest writes without end it needs at once.
-#[derive(Default)]
-struct Order([Vec<u64>; 5]);
-
-impl Order {
-    fn push(&mut self, page: u64, heat: u8) {
-        self.0[(heat & 0xf).count_ones() as usize].push(page);
+        let heat = std::mem::take(&mut self.heat);
+        Ok(Final { switch, records, behind, heat })
     }
 
-    /// All of them, and how many are hot.
-    fn finish(self) -> (Vec<u64>, usize) {
-        let hot = self.0[HOT_LOOKS as usize..].iter().map(Vec::len).sum();
-        (self.0.into_iter().rev().flatten().collect(), hot)
+    /// Pages that show no write since they were protected last, among those that the target may have
+    /// as they are: nothing else is of interest, and to look costs time that the guest stands still.
+    fn unwritten(&self, all: u64) -> io::Result<Bitmap> {
+        let mut unwritten = Bitmap::new(all);
+        let base = self.target.base;
+        let number = |address: u64| (address - base) / PAGE_BYTES as u64;
+        let address = |page: u64| base + page * PAGE_BYTES as u64;
+        let fresh = |first: u64| self.shared.fresh.any(first..(first + STRIPE_PAGES).min(all));
+        let mut first = 0;
+        while first < all {
+            let mut end = first;
+            while end < all && fresh(end) {
+                end += STRIPE_PAGES;
+            }
+            if end > first {
+                self.pagemap.protected(address(first)..address(end.min(all)), |run| {
+                    unwritten.set_range(number(run.start)..number(run.end));
+                })?;
+            }
+            first = end + STRIPE_PAGES;
+        }
+        Ok(unwritten)
     }
 }

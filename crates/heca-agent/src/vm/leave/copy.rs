@@ -131,11 +131,20 @@ impl Leave {
         let (mut least, mut since) = (u64::MAX, Instant::now());
         loop {
             self.check()?;
-            let left = self.unflushed()?;
+            let (left, degraded) = self.unflushed()?;
             if left < least {
                 (least, since) = (left, Instant::now());
             }
             let stuck = since.elapsed() > Duration::from_secs(1);
+            if degraded > 0 && stuck {
+                let text = format!("{degraded} parts of the memory have too few replicas now");
+                return Err(ApiError::new("degraded", text)
+                    .hint("--safe waits for redundancy: see `heca vm show`"));
+            }
+            if degraded > 0 {
+                std::thread::sleep(LOOK);
+                continue;
+            }
             if left < UNFLUSHED_FEW || stuck || begun.elapsed() > ROUNDS_TIME {
                 return Ok(());
             }
@@ -144,10 +153,11 @@ impl Leave {
     }
 
     /// Pages that are not known to be on sponsors as they are.
-    pub(super) fn unflushed(&self) -> Result<u64, ApiError> {
+    /// The second figure is of extents that lack a replica.
+    pub(super) fn unflushed(&self) -> Result<(u64, u64), ApiError> {
         let stats: heca_api::PagerStats = self.pager("/v1/stats", None)?;
         let left = stats.gauges.resident_pages;
         lock(&self.info).remaining_bytes = left * PAGE_BYTES as u64;
-        Ok(left)
+        Ok((left, stats.gauges.degraded_extents))
     }
 }

@@ -4,6 +4,7 @@
 //! had happened. After it only the target's answers count, see [`heca_core::handover`].
 
 mod copy;
+mod grant;
 mod switch;
 
 use std::os::unix::net::UnixListener;
@@ -36,6 +37,8 @@ const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pauses between two attempts to hear from a target that is silent: the first, and the longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// A target that hears nothing for a while gives the VM up: it is asked something now and then.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How often the source looks how far the memory is.
 const LOOK: Duration = Duration::from_millis(5);
 /// The same after the switch.
@@ -68,6 +71,10 @@ pub(crate) struct Leave {
     /// When the guest was stopped.
     stopped: Mutex<Option<Instant>>,
     info: Mutex<MigrationInfo>,
+    /// The target's agent.
+    peer: Mutex<Option<Peer>>,
+    /// When it was asked last.
+    asked: Mutex<Instant>,
 }
 
 /// `HOST` or `HOST:PORT`.
@@ -105,22 +112,26 @@ impl VmManager {
             return Err(ApiError::new("bad-request", text)
                 .hint("it is a way of its own: all memory goes to the sponsors"));
         }
+        if request.safe && lock(&vm.request).replicas < 2 {
+            let text = "--safe keeps every page in two places: this VM has one replica";
+            return Err(ApiError::new("bad-request", text));
+        }
         if lock(&vm.request).encrypt && self.identity.is_none() {
             let text = "a VM whose pages are sealed moves over TLS only";
             return Err(ApiError::new("needs-tls", text)
                 .hint("put both hosts into a pool: `heca pool --help`"));
+        }
+        let import: Result<heca_api::ImportInfo, ApiError> =
+            call(vm.pager_socket(), "/v1/import", None, ANSWER_TIMEOUT);
+        if import.is_ok_and(|import| !import.done) {
+            let text = format!("`{name}` has just come: part of its memory is still on its way");
+            return Err(ApiError::new("still-comes", text).hint("try again in a moment"));
         }
         let mut held = lock(&vm.leave);
         if held.as_ref().is_some_and(|leave| !lock(&leave.info).phase.is_over()) {
             let text = format!("`{name}` is on its way already");
             return Err(ApiError::new("moves-already", text)
                 .hint(format!("`heca vm migration {name}` shows how far it is")));
-        }
-        let behind =
-            call::<heca_api::ImportInfo>(vm.pager_socket(), "/v1/import", None, ANSWER_TIMEOUT);
-        if behind.is_ok_and(|import| !import.done) {
-            let text = format!("`{name}` has just come: part of its memory is still on its way");
-            return Err(ApiError::new("still-comes", text).hint("try again in a moment"));
         }
         let info = MigrationInfo {
             name: name.to_owned(),
@@ -133,18 +144,7 @@ impl VmManager {
             report: Default::default(),
             error: None,
         };
-        let leave = Arc::new(Leave {
-            id: Uuid::new_v4(),
-            vm: vm.clone(),
-            request: request.clone(),
-            to,
-            begun: Instant::now(),
-            cancelled: AtomicBool::new(false),
-            device_bytes: Arc::default(),
-            migrating: AtomicBool::new(false),
-            stopped: Mutex::default(),
-            info: Mutex::new(info.clone()),
-        });
+        let leave = Arc::new(Leave::new(Uuid::new_v4(), &vm, request, info.clone()));
         *held = Some(leave.clone());
         lock(&self.leaves).insert(name.to_owned(), leave.clone());
         let manager = self.clone();
@@ -208,12 +208,17 @@ impl VmManager {
         run_here: bool,
     ) -> Result<(), ApiError> {
         let vm = self.find(name)?;
-        let undecided = |record: &super::Record| {
-            record.handover.as_ref().is_some_and(|h| h.state == Source::Granting)
-        };
-        if !lock(&vm.record).as_ref().is_some_and(undecided) {
-            let text = format!("it is known where `{name}` runs: there is nothing to decide");
-            return Err(ApiError::new("decided", text));
+        let state = lock(&vm.record).as_ref().and_then(|r| Some(r.handover.as_ref()?.state));
+        match (state, run_here) {
+            (Some(Source::Granting), _) | (Some(Source::Given), false) => {}
+            (Some(Source::Given), true) => {
+                let text = format!("`{name}` runs on its target: that one said so");
+                return Err(ApiError::new("decided", text));
+            }
+            _ => {
+                let text = format!("it is known where `{name}` runs: there is nothing to decide");
+                return Err(ApiError::new("decided", text));
+            }
         }
         tracing::warn!(vm = name, run_here, "an operator says where the VM goes on");
         *lock(&vm.resolution) = Some(run_here);
@@ -223,34 +228,27 @@ impl VmManager {
     /// Goes on with a VM that a former agent was giving away.
     pub(super) fn adopt_leave(self: &Arc<Self>, vm: &Arc<Vm>, handover: &Handover) {
         let name = lock(&vm.request).name.clone();
-        let leave = Arc::new(Leave {
-            id: handover.id,
-            vm: vm.clone(),
-            request: MigrateRequest {
-                to: handover.to.clone(),
-                mode: Default::default(),
-                max_downtime_ms: heca_api::default_downtime_ms(),
-                bandwidth: None,
-                safe: false,
-            },
+        let request = MigrateRequest {
             to: handover.to.clone(),
-            begun: Instant::now(),
-            cancelled: AtomicBool::new(false),
-            device_bytes: Arc::default(),
-            migrating: AtomicBool::new(false),
-            stopped: Mutex::default(),
-            info: Mutex::new(MigrationInfo {
-                name: name.clone(),
-                to: handover.to.clone(),
-                mode: Default::default(),
-                phase: MigrationPhase::Unconfirmed,
-                elapsed_s: 0.0,
-                resident_bytes: 0,
-                remaining_bytes: 0,
-                report: Default::default(),
-                error: None,
-            }),
-        });
+            mode: Default::default(),
+            max_downtime_ms: heca_api::default_downtime_ms(),
+            bandwidth: None,
+            safe: false,
+        };
+        let info = MigrationInfo {
+            name: name.clone(),
+            to: handover.to.clone(),
+            mode: Default::default(),
+            phase: MigrationPhase::Unconfirmed,
+            elapsed_s: 0.0,
+            resident_bytes: 0,
+            remaining_bytes: 0,
+            report: Default::default(),
+            error: None,
+        };
+        let leave = Arc::new(Leave::new(handover.id, vm, &request, info));
+        // Should the guest stay, QEMU has a migration to forget.
+        leave.migrating.store(true, Ordering::SeqCst);
         *lock(&vm.leave) = Some(leave.clone());
         lock(&self.leaves).insert(name, leave.clone());
         let (manager, handover) = (self.clone(), handover.clone());
@@ -259,6 +257,30 @@ impl VmManager {
 }
 
 impl Leave {
+    fn new(id: Uuid, vm: &Arc<Vm>, request: &MigrateRequest, info: MigrationInfo) -> Self {
+        Self {
+            id,
+            vm: vm.clone(),
+            request: request.clone(),
+            to: info.to.clone(),
+            begun: Instant::now(),
+            cancelled: AtomicBool::new(false),
+            device_bytes: Arc::default(),
+            migrating: AtomicBool::new(false),
+            stopped: Mutex::default(),
+            info: Mutex::new(info),
+            peer: Mutex::default(),
+            asked: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Asks the target's agent over the connection that there is.
+    fn ask(&self, ask: &Ask, timeout: Duration) -> Result<Told, ApiError> {
+        *lock(&self.asked) = Instant::now();
+        let none = || ApiError::new("target-silent", "there is no connection to the target");
+        lock(&self.peer).as_mut().ok_or_else(none)?.ask(ask, timeout)
+    }
+
     fn name(&self) -> String {
         lock(&self.vm.request).name.clone()
     }
@@ -304,37 +326,43 @@ impl Leave {
         call(self.vm.pager_socket(), path, body, Duration::from_secs(40))
     }
 
+    /// Whether there is a reason to stop; before the grant.
     fn check(&self) -> Result<(), ApiError> {
         if self.cancelled.load(Ordering::SeqCst) {
             return Err(ApiError::new("cancelled", "cancelled"));
         }
+        if lock(&self.asked).elapsed() > KEEP_ALIVE
+            && let Told::Answer { answer: Answer::Dropped, .. } =
+                self.ask(&Ask::Query { id: self.id }, ANSWER_TIMEOUT)?
+        {
+            return Err(ApiError::new("target-failed", "the target gave the VM up"));
+        }
         let running = lock(&self.vm.running);
-        match &*running {
-            Some(running) if !running.qemu.wait(Duration::ZERO) => Ok(()),
-            _ => Err(ApiError::new("ended", "the VM ended while it was about to move")),
+        let Some(running) = running.as_ref().filter(|r| !r.qemu.wait(Duration::ZERO)) else {
+            return Err(ApiError::new("ended", "the VM ended while it was about to move"));
+        };
+        match &running.pager {
+            Some(pager) if !pager.wait(Duration::ZERO) => Ok(()),
+            _ => Err(ApiError::new("pager-ended", "the VM's pager ended; it is being replaced")),
         }
     }
 
     fn run(self: &Arc<Self>, manager: &Arc<VmManager>) {
-        let begun = self.prepare(manager);
-        let (mut peer, prepared, ready) = match begun {
-            Ok(begun) => begun,
-            Err(error) => return self.fail(None, error),
-        };
-        if let Err(error) = self.copy(&prepared) {
-            return self.fail(Some(&mut peer), error);
-        }
-        match self.switch(manager, &mut peer, &prepared, ready) {
-            Err(error) => self.fail(Some(&mut peer), error),
-            Ok(handover) => self.grant(manager, Some(peer), handover),
+        let outcome = self.prepare(manager).and_then(|(prepared, ready)| {
+            self.copy(&prepared)?;
+            self.switch(manager, &prepared, ready)
+        });
+        match outcome {
+            Ok(handover) => self.grant(manager, handover),
+            Err(error) => self.fail(error),
         }
     }
 
-    /// Has the target get ready. Returns the connections to it.
+    /// Has the target get ready. Returns where it waits, and the connection for QEMU's stream.
     fn prepare(
         self: &Arc<Self>,
         manager: &VmManager,
-    ) -> Result<(Peer, Prepared, Option<Link>), ApiError> {
+    ) -> Result<(Prepared, Option<Link>), ApiError> {
         self.check()?;
         let vm = &self.vm;
         let mode = self.request.mode;
@@ -354,17 +382,17 @@ impl Leave {
             ),
             _ => None,
         };
-        let mut peer = Peer::connect(&self.to, manager.owner, &manager.security)?;
+        let peer = Peer::connect(&self.to, manager.owner, &manager.security)?;
+        *lock(&self.peer) = Some(peer);
         let prepare = Prepare {
             id: self.id,
             request,
             accel: lock(&vm.accel).clone(),
             mode,
-            max_downtime_ms: self.request.max_downtime_ms,
             region,
             seal_key,
         };
-        let told = peer.ask(&Ask::Prepare(Box::new(prepare)), PREPARE_TIMEOUT)?;
+        let told = self.ask(&Ask::Prepare(Box::new(prepare)), PREPARE_TIMEOUT)?;
         let Told::Prepared(prepared) = told else {
             return Err(ApiError::new("target-confused", "the target's answer makes no sense"));
         };
@@ -373,7 +401,7 @@ impl Leave {
             Some(_) => None,
             None => Some(self.connect_stream(manager, prepared.ticket)?),
         };
-        Ok((peer, prepared, ready))
+        Ok((prepared, ready))
     }
 
     fn connect_stream(&self, manager: &VmManager, ticket: OwnerId) -> Result<Link, ApiError> {
@@ -424,7 +452,7 @@ impl Leave {
     }
 
     /// Before the grant: the guest goes on here.
-    fn fail(&self, peer: Option<&mut Peer>, error: ApiError) {
+    fn fail(&self, error: ApiError) {
         let cancelled = error.code == "cancelled";
         tracing::warn!(
             vm = self.name(),
@@ -432,10 +460,8 @@ impl Leave {
             "the VM stays here: {error}"
         );
         self.take_back();
-        if let Some(peer) = peer {
-            // It will lose patience by itself, too; and it never got the right to run.
-            let _ = peer.ask(&Ask::GiveUp { id: self.id }, ANSWER_TIMEOUT);
-        }
+        // It will lose patience by itself, too; and it never got the right to run.
+        let _ = self.ask(&Ask::GiveUp { id: self.id }, ANSWER_TIMEOUT);
         lock(&self.info).error = Some(error);
         let phase = if cancelled { MigrationPhase::Cancelled } else { MigrationPhase::Failed };
         self.enter(phase);
@@ -447,173 +473,5 @@ impl Leave {
         let path = self.vm.dir.join("migrate.sock");
         let _ = std::os::unix::net::UnixStream::connect(&path);
         let _ = std::fs::remove_file(&path);
-    }
-
-    /// The right to run is given away, and the target is asked until it is known where it is.
-    fn grant(
-        self: &Arc<Self>,
-        manager: &Arc<VmManager>,
-        peer: Option<Peer>,
-        mut handover: Handover,
-    ) {
-        let actions = handover.state.hear(Answer::Loaded, true);
-        debug_assert_eq!(actions, [SourceAction::Record, SourceAction::Grant]);
-        if let Err(error) = self.record(Some(&handover)) {
-            // Not written down, so not given away.
-            return self.fail(None, error);
-        }
-        self.settle(manager, peer, handover);
-    }
-
-    fn record(&self, handover: Option<&Handover>) -> Result<(), ApiError> {
-        self.vm.change_record(|record| record.handover = handover.cloned())
-    }
-
-    /// Asks until the target has said where the guest runs.
-    fn settle(self: &Arc<Self>, manager: &Arc<VmManager>, peer: Option<Peer>, handover: Handover) {
-        let mut handover = handover;
-        let mut peer = peer;
-        let mut pause = RETRY.0;
-        loop {
-            let asked = Instant::now();
-            let answer = match &mut peer {
-                Some(known) => known.ask(&Ask::Grant { id: self.id }, ANSWER_TIMEOUT),
-                None => Peer::connect(&self.to, manager.owner, &manager.security).and_then(|new| {
-                    peer.insert(new).ask(&Ask::Grant { id: self.id }, ANSWER_TIMEOUT)
-                }),
-            };
-            let answer = match answer {
-                Ok(Told::Answer { answer: Answer::Running, took_ms, .. }) => {
-                    self.note_downtime(asked, took_ms);
-                    Ok(Answer::Running)
-                }
-                // A host that was started anew does not know what it did before.
-                Ok(Told::Answer { answer: Answer::Dropped, boot, .. }) if boot != handover.boot => {
-                    Err("its host was started anew".to_owned())
-                }
-                Ok(Told::Answer { answer, .. }) => Ok(answer),
-                Ok(_) => Err("its answer makes no sense".to_owned()),
-                Err(error) => {
-                    Err(format!("{error}: {}", error.detail.as_deref().unwrap_or_default()))
-                }
-            };
-            let answer = match (answer, lock(&self.vm.resolution).take()) {
-                (_, Some(true)) => Answer::Dropped,
-                (_, Some(false)) => Answer::Running,
-                (Ok(answer), None) => answer,
-                (Err(reason), None) => {
-                    peer = None;
-                    self.unconfirmed(&reason);
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(RETRY.1);
-                    continue;
-                }
-            };
-            for action in handover.state.hear(answer, true) {
-                match action {
-                    SourceAction::Record => {
-                        let state = (handover.state != Source::Holding).then_some(&handover);
-                        if let Err(error) = self.record(state) {
-                            tracing::error!(vm = self.name(), "not written down: {error}");
-                        }
-                    }
-                    // By going round once more.
-                    SourceAction::Grant => std::thread::sleep(LOOK),
-                    SourceAction::Resume => {
-                        let error = ApiError::new("target-failed", "the target gave the VM back");
-                        return self.fail(None, error);
-                    }
-                    SourceAction::GiveUp => return self.gone(manager, peer, handover),
-                }
-            }
-        }
-    }
-
-    /// The guest runs on the target since a moment ago.
-    fn note_downtime(&self, asked: Instant, took_ms: Option<(f64, f64)>) {
-        let stopped = *lock(&self.stopped);
-        let mut info = lock(&self.info);
-        if info.report.downtime_ms.is_some() || info.phase == MigrationPhase::Unconfirmed {
-            return;
-        }
-        info.report.downtime_ms = stopped.map(|at| at.elapsed().as_secs_f64() * 1e3);
-        let whole = asked.elapsed().as_secs_f64() * 1e3;
-        let (takeover, resume) = took_ms.unwrap_or((whole, 0.0));
-        // The way there and back is part of it.
-        info.report.parts_ms.takeover = takeover + (whole - takeover - resume).max(0.0);
-        info.report.parts_ms.resume = resume;
-    }
-
-    fn unconfirmed(&self, reason: &str) {
-        let name = self.name();
-        if lock(&self.info).phase != MigrationPhase::Unconfirmed {
-            self.enter(MigrationPhase::Unconfirmed);
-        }
-        *lock(&self.vm.state) = VmState::Leaving;
-        *lock(&self.vm.problem) = Some(format!(
-            "it is not known whether the VM runs on {}: {reason}. It is held here until that host \
-             answers. If it never will: `heca vm migrate-resolve {name} --run-here` (only if it \
-             does not run there!) or `--gone`",
-            self.to
-        ));
-    }
-
-    /// The guest runs on the target. What is behind follows.
-    fn gone(self: &Arc<Self>, manager: &Arc<VmManager>, peer: Option<Peer>, handover: Handover) {
-        {
-            let mut info = lock(&self.info);
-            info.error = None;
-        }
-        *lock(&self.vm.state) = VmState::Leaving;
-        *lock(&self.vm.problem) = None;
-        self.enter(MigrationPhase::Following);
-        if handover.pager.is_some() {
-            let release = serde_json::to_value(Release { at_once: false }).expect("plain data");
-            let _ = self.pager::<()>("/v1/export/release", Some(&release));
-            self.follow();
-        } else {
-            self.follow_qemu();
-        }
-        let mut peer = peer;
-        let forget = Ask::Forget { id: self.id };
-        let told = match &mut peer {
-            Some(peer) => peer.ask(&forget, ANSWER_TIMEOUT),
-            None => Peer::connect(&self.to, manager.owner, &manager.security)
-                .and_then(|mut peer| peer.ask(&forget, ANSWER_TIMEOUT)),
-        };
-        if let Err(error) = told {
-            tracing::debug!("the target was not told that it need not remember: {error}");
-        }
-        lock(&self.info).report.total_s = Some(self.begun.elapsed().as_secs_f64());
-        self.unblock_relay();
-        manager.remove_left(&self.vm);
-        lock(&self.info).remaining_bytes = 0;
-        self.enter(MigrationPhase::Completed);
-    }
-
-    /// Waits until the target has all of the memory.
-    fn follow(&self) {
-        loop {
-            match self.pager::<ExportInfo>("/v1/export", None) {
-                Ok(export) => {
-                    self.note(&export);
-                    *lock(&self.vm.problem) = export.reason.clone();
-                    if export.stage == ExportStage::Done {
-                        return;
-                    }
-                }
-                // It is being replaced.
-                Err(error) => tracing::debug!("no figures of what is behind: {error}"),
-            }
-            std::thread::sleep(LOOK_AFTER);
-        }
-    }
-
-    /// Goes on for an agent that ended.
-    fn go_on(self: &Arc<Self>, manager: &Arc<VmManager>, handover: Handover) {
-        match handover.state {
-            Source::Given => self.gone(manager, None, handover),
-            _ => self.settle(manager, None, handover),
-        }
     }
 }

@@ -63,7 +63,6 @@ impl Leave {
     pub(super) fn switch(
         self: &Arc<Self>,
         manager: &VmManager,
-        peer: &mut Peer,
         prepared: &Prepared,
         ready: Option<Link>,
     ) -> Result<Handover, ApiError> {
@@ -76,9 +75,9 @@ impl Leave {
             (None, None) => return Err(ApiError::new("internal", "no way for QEMU's stream")),
         };
         if self.request.mode.is_qemu() {
-            self.switch_qemu(peer, &uri)?;
+            self.switch_qemu(&uri)?;
         } else {
-            self.switch_memory(peer, &uri)?;
+            self.switch_memory(&uri)?;
         }
         Ok(Handover {
             id: self.id,
@@ -119,7 +118,7 @@ impl Leave {
         Ok(())
     }
 
-    fn switch_memory(&self, peer: &mut Peer, uri: &str) -> Result<(), ApiError> {
+    fn switch_memory(&self, uri: &str) -> Result<(), ApiError> {
         let asked = Instant::now();
         let stopped = self.with_qmp(|qmp| {
             self.begin(qmp, uri)?;
@@ -133,7 +132,7 @@ impl Leave {
         let stop = ms(stopped.elapsed());
         if self.request.safe {
             self.wait_for(
-                || Ok(self.unflushed()? == 0),
+                || Ok(self.unflushed()?.0 == 0),
                 "the sponsors do not take the last pages",
             )?;
         }
@@ -144,6 +143,8 @@ impl Leave {
         self.with_qmp(|qmp| {
             qmp.execute("migrate-continue", go_on).map(drop).map_err(|error| failed(&error))
         })?;
+        // From here on a successor of the pager would not know what the target was told.
+        self.vm.switched.store(true, Ordering::SeqCst);
         let export: ExportInfo = self.pager("/v1/export/switch", Some(&json!({})))?;
         self.note(&export);
         let final_scan = ms(begun.elapsed());
@@ -152,12 +153,12 @@ impl Leave {
             self.pager::<()>("/v1/export/release", Some(&at_once))?;
         }
         let answer = Ask::AwaitLoaded { ms: LOAD_TIME.as_millis() as u64 };
-        self.expect_loaded(peer, &answer, LOAD_TIME)?;
+        self.expect_loaded(&answer, LOAD_TIME)?;
         // Until then a lost connection would have QEMU go on with the guest by itself.
         self.with_qmp(|qmp| wait_status(qmp, &["completed"], LOAD_TIME, || self.check()))?;
         let device_state = ms(begun.elapsed());
         if self.request.mode == MigrationMode::Precopy {
-            let mut all_there = || match peer.ask(&Ask::Import, ANSWER_TIMEOUT)? {
+            let mut all_there = || match self.ask(&Ask::Import, ANSWER_TIMEOUT)? {
                 Told::Import(import) => Ok(import.behind_pages == Some(0)),
                 _ => Err(ApiError::new("target-confused", "the target's answer makes no sense")),
             };
@@ -188,15 +189,15 @@ impl Leave {
         Ok(())
     }
 
-    fn expect_loaded(&self, peer: &mut Peer, ask: &Ask, within: Duration) -> Result<(), ApiError> {
-        match peer.ask(ask, within + ANSWER_TIMEOUT)? {
+    fn expect_loaded(&self, ask: &Ask, within: Duration) -> Result<(), ApiError> {
+        match self.ask(ask, within + ANSWER_TIMEOUT)? {
             Told::Answer { answer: Answer::Loaded, .. } => Ok(()),
             _ => Err(ApiError::new("target-failed", "the target gave the VM up")),
         }
     }
 
     /// QEMU moves the memory, in a way of its own.
-    fn switch_qemu(&self, peer: &mut Peer, uri: &str) -> Result<(), ApiError> {
+    fn switch_qemu(&self, uri: &str) -> Result<(), ApiError> {
         let postcopy = self.request.mode != MigrationMode::QemuPrecopy;
         self.with_qmp(|qmp| {
             self.begin(qmp, uri)?;
@@ -233,7 +234,7 @@ impl Leave {
         *lock(&self.stopped) = Instant::now().checked_sub(since);
         self.enter(MigrationPhase::Switching);
         let ask = Ask::AwaitLoaded { ms: LOAD_TIME.as_millis() as u64 };
-        self.expect_loaded(peer, &ask, LOAD_TIME)
+        self.expect_loaded(&ask, LOAD_TIME)
     }
 
     /// QEMU's own post-copy goes on after the switch.
@@ -263,6 +264,7 @@ impl Leave {
         if let Err(error) = aborted {
             tracing::debug!("the pager was not told that the VM stays: {error}");
         }
+        self.vm.switched.store(false, Ordering::SeqCst);
         if !self.migrating.load(Ordering::SeqCst) {
             return;
         }
