@@ -1,5 +1,6 @@
 //! Life cycle of the VMs of a host.
 
+mod adopt;
 mod arrive;
 mod launch;
 mod leave;
@@ -177,83 +178,6 @@ impl VmManager {
         fs::create_dir_all(&manager.run_dir)?;
         manager.adopt_all();
         Ok(manager)
-    }
-
-    fn adopt_all(self: &Arc<Self>) {
-        for entry in fs::read_dir(&self.run_dir).into_iter().flatten().flatten() {
-            let dir = entry.path();
-            let record = match fs::read(dir.join("vm.json")) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    let dir = dir.display();
-                    tracing::error!(%error, "the record of a VM in {dir} cannot be read: left alone");
-                    continue;
-                }
-                Err(_) => {
-                    // It ended, or never began.
-                    let _ = fs::remove_dir_all(&dir);
-                    continue;
-                }
-                Ok(bytes) => serde_json::from_slice::<Record>(&bytes),
-            };
-            let record = match record {
-                Ok(record) => record,
-                Err(error) => {
-                    // Perhaps its VM runs: nothing of it is touched.
-                    let dir = dir.display();
-                    tracing::error!(%error, "the record of a VM in {dir} cannot be read: left alone");
-                    continue;
-                }
-            };
-            let vm = Arc::new(self.describe(&record.request));
-            let pager =
-                record.pager.and_then(|(pid, time)| Process::adopt(pid, time).ok().flatten());
-            let pager = pager.map(Arc::new);
-            let qemu = match Process::adopt(record.qemu.0, record.qemu.1) {
-                Ok(Some(qemu)) => qemu,
-                Ok(None) => {
-                    vm.clean_up_runtime();
-                    let _ = fs::remove_dir_all(&dir);
-                    continue;
-                }
-                Err(error) => {
-                    let dir = dir.display();
-                    tracing::error!(%error, "cannot tell whether the VM in {dir} runs: left alone");
-                    continue;
-                }
-            };
-            // One that came is ours from the moment in which that was written down.
-            let expected = record.incoming.is_some_and(|id| !self.has_arrived(id));
-            let unfinished = record.pager.is_none() && record.arrived.is_none();
-            if expected || unfinished {
-                // The agent ended while it started this VM, or while it was about to come: the guest
-                // has not run here yet.
-                qemu.kill();
-                if let Some(pager) = &pager {
-                    pager.kill();
-                }
-                vm.clean_up_runtime();
-                let _ = fs::remove_dir_all(&dir);
-                continue;
-            }
-            tracing::info!(vm = record.request.name, "took back a running VM");
-            *lock(&vm.record) = Some(record.clone());
-            *lock(&vm.accel) = record.accel;
-            // One whose pager is gone gets a new one at once, from who watches it.
-            let served = pager.is_some() || record.pager.is_none();
-            *lock(&vm.state) = if served { VmState::Running } else { VmState::PagerLost };
-            *lock(&vm.qmp) = Qmp::connect(&vm.paths().qmp_socket, QMP_TIMEOUT).ok();
-            *lock(&vm.running) = Some(Running { qemu: Arc::new(qemu), pager });
-            if record.handover.is_some() {
-                *lock(&vm.state) = VmState::Leaving;
-            }
-            watch(&vm);
-            match &record.handover {
-                Some(handover) => self.adopt_leave(&vm, handover),
-                // The former agent may have ended amid a move.
-                None => self.see_that_it_runs(&vm, record.arrived, record.pager.is_none()),
-            }
-            lock(&self.vms).insert(record.request.name, vm);
-        }
     }
 
     fn describe(&self, request: &VmRequest) -> Vm {

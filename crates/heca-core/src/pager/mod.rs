@@ -48,6 +48,7 @@ mod recover;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod touch;
 
 use heca_types::{ExtentIndex, PageIndex, PageVersion};
 use serde::{Deserialize, Serialize};
