@@ -186,14 +186,20 @@ fn one(
     let begun = Instant::now();
     summary.migrations += 1;
     *summary.modes.entry(mode.join(" ")).or_default() += 1;
-    rig.begin(mode)?;
+    // Some take longer, so that more faults come while pages are copied, or follow.
+    let slow = fault.is_some() && random.below(2) == 0;
+    rig.begin(mode, if slow { &["--bandwidth", "120M"] } else { &[] })?;
     if let Some(fault) = fault {
         // At any time of the move, its end included.
-        std::thread::sleep(Duration::from_millis(random.below(700)));
-        if fault.inject(rig, random)? {
-            summary.faults_injected += 1;
-            *summary.faults.entry(fault.to_string()).or_default() += 1;
+        std::thread::sleep(Duration::from_millis(random.below(if slow { 900 } else { 450 })));
+        let mut done = fault;
+        // There is no QEMU that waits for the guest any more: something else then.
+        if !fault.inject(rig, random)? {
+            done = Fault::Sponsor;
+            done.inject(rig, random)?;
         }
+        summary.faults_injected += 1;
+        *summary.faults.entry(done.to_string()).or_default() += 1;
     }
     match rig.end(fault.is_some())? {
         Ended::Moved => summary.moved += 1,
@@ -204,7 +210,7 @@ fn one(
     rig.check()?;
     let gap = rig.longest_gap(begun);
     let done = summary.migrations;
-    if fault.is_some() || done.is_multiple_of(10) {
+    if fault.is_some() || done.is_multiple_of(10) || gap > 150.0 {
         let what = fault.map_or(String::new(), |fault| format!(", {fault}"));
         eprintln!(
             "migrate-soak: {done} moves ({}{what}): {} moved, {} stayed, pause {gap:.0} ms",

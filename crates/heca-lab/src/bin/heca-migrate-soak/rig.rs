@@ -145,11 +145,11 @@ impl Rig {
     }
 
     /// Begins a move to the other host.
-    pub(crate) fn begin(&mut self, mode: &[&str]) -> anyhow::Result<()> {
+    pub(crate) fn begin(&mut self, mode: &[&str], more: &[&str]) -> anyhow::Result<()> {
         let target = self.target();
         let to = format!("{}:{MIGRATION_PORT}", self.lab.host(target).address());
         let mut command = self.lab.host(self.at).command(&heca_binary()?);
-        command.args(["vm", "migrate", VM, "--to", &to, "--json"]).args(mode);
+        command.args(["vm", "migrate", VM, "--to", &to, "--json"]).args(mode).args(more);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         self.command = Some(command.spawn().context("start heca vm migrate")?);
         Ok(())
