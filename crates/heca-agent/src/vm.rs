@@ -297,11 +297,11 @@ impl VmManager {
         *lock(&self.program) = program.to_owned();
         for name in self.names() {
             let Ok(vm) = self.find(&name) else { continue };
+            let _starting = lock(&vm.starting);
             if *lock(&vm.state) != VmState::Running || !vm.is_at_home() {
                 tracing::warn!(vm = name, "moves: its pager is not replaced");
                 continue;
             }
-            let _starting = lock(&vm.starting);
             let pager = lock(&vm.running).as_ref().and_then(|running| running.pager.clone());
             let (Some(pager), before) = (pager, lock(&vm.restarts).count) else { continue };
             // A pager that is killed loses nothing, and is started again by who watches it.

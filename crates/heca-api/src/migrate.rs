@@ -266,6 +266,8 @@ pub struct ExportRequest {
     pub address: String,
     /// What this one names itself by.
     pub ticket: heca_types::OwnerId,
+    /// The epoch that the target was told of: a pager under another one is not the one meant.
+    pub epoch: heca_types::Epoch,
     /// Bound of what is sent, in bytes a second.
     pub bytes_per_s: Option<u64>,
 }

@@ -6,7 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use heca_api::{MigrationInfo, MigrationPhase, VmInfo, VmState};
-use heca_lab::{AgentOptions, Console, GuestImage, Lab, find_kernel, heca_binary};
+use heca_lab::{
+    AgentOptions, Console, GuestImage, Lab, LabPool, find_kernel, find_qemu10, heca_binary,
+};
 
 static SERIAL: Mutex<()> = Mutex::new(());
 
@@ -16,13 +18,19 @@ struct Rig {
     kernel: String,
     initrd: String,
     qemu: Option<PathBuf>,
+    pool: Option<LabPool>,
     _serial: MutexGuard<'static, ()>,
 }
 
 impl Rig {
     fn new(qemu: Option<PathBuf>) -> Self {
+        Self::with(qemu, false)
+    }
+
+    fn with(qemu: Option<PathBuf>, secure: bool) -> Self {
         let serial = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
         let mut lab = Lab::new(4).unwrap();
+        let pool = secure.then(|| LabPool::new(&mut lab, 4).unwrap());
         for number in 1..=4 {
             let listen = format!("{}:7902", lab.host(number).address());
             let options = AgentOptions {
@@ -31,7 +39,7 @@ impl Rig {
                     1 | 2 => vec!["--migration-listen".to_owned(), listen],
                     _ => vec![],
                 },
-                ..AgentOptions::default()
+                identity: pool.as_ref().map(|pool| pool.identity(number)),
             };
             lab.host(number).start_agent(&options).unwrap();
         }
@@ -43,10 +51,14 @@ impl Rig {
         image.write(init, &initrd).unwrap();
         let kernel = find_kernel().unwrap().to_string_lossy().into_owned();
         let initrd = initrd.to_string_lossy().into_owned();
-        Self { lab, kernel, initrd, qemu, _serial: serial }
+        Self { lab, kernel, initrd, qemu, pool, _serial: serial }
     }
 
     fn start(&mut self, local: &str) {
+        self.start_with(local, &[]);
+    }
+
+    fn start_with(&mut self, local: &str, more: &[&str]) {
         let sponsors = [self.lab.host(3).sponsor(), self.lab.host(4).sponsor()];
         let qemu = self.qemu.as_ref().map(|qemu| qemu.to_string_lossy().into_owned());
         let mut arguments = vec!["vm", "run", "g", "--memory", "256M", "--local", local];
@@ -58,6 +70,10 @@ impl Rig {
         if let Some(qemu) = &qemu {
             arguments.extend(["--qemu", qemu]);
         }
+        if self.pool.is_some() {
+            arguments.push("--encrypt");
+        }
+        arguments.extend(more);
         self.lab.host(1).heca_ok(&arguments).unwrap();
         self.wait_for_reports(1, 3);
     }
@@ -317,4 +333,100 @@ fn after_the_switch_every_failure_is_waited_out() {
         assert!(rig.lab.host(from).vm("g").is_err(), "{trouble}: the VM is left behind");
         (from, to) = (to, from);
     }
+}
+
+#[test]
+fn a_guest_moves_under_qemu_10_in_every_mode_with_its_disk() {
+    let mut rig = Rig::new(Some(find_qemu10().unwrap()));
+    let disk = rig.lab.dir().join("disk.raw");
+    std::fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
+    let disk = disk.to_string_lossy().into_owned();
+    rig.start_with("256M", &["--disk", &disk]);
+    let modes =
+        ["hybrid", "postcopy", "precopy", "qemu-precopy", "qemu-postcopy", "qemu-postcopy-preempt"];
+    let (mut from, mut to) = (1, 2);
+    for mode in modes {
+        let info = rig.moves(from, to, &["--mode", mode]);
+        if !info.mode.is_qemu() {
+            // QEMU sends its devices and ROMs; a memory that is no named file it would send, too.
+            assert!(info.report.device_state_bytes < 8 << 20, "{info:?}");
+        }
+        (from, to) = (to, from);
+    }
+    rig.moves(from, to, &["--safe"]);
+}
+
+#[test]
+fn a_sealed_guest_moves_over_tls() {
+    let mut rig = Rig::with(None, true);
+    rig.start("64M");
+    let key = |rig: &mut Rig, host| {
+        std::fs::read(rig.lab.host(host).run_dir().join("vms/g/page.key")).unwrap()
+    };
+    let before = key(&mut rig, 1);
+    rig.moves(1, 2, &["--mode", "hybrid"]);
+    assert_eq!(key(&mut rig, 2), before);
+    rig.moves(2, 1, &["--mode", "postcopy"]);
+    rig.moves(1, 2, &["--safe"]);
+    for host in [1, 2] {
+        let log = std::fs::read(rig.lab.host(host).agent_log()).unwrap();
+        let leaked = log.windows(before.len()).any(|part| part == before);
+        assert!(!leaked, "the page key is in the log of host {host}");
+    }
+}
+
+#[test]
+fn what_cannot_move_is_refused_in_words_and_goes_on() {
+    let mut rig = Rig::new(None);
+    rig.start("128M");
+    let mut refused = |arguments: &[&str], words: &str| {
+        let all = [&["vm", "migrate", "g"], arguments].concat();
+        let output = rig.lab.host(1).heca(&all).unwrap();
+        assert!(!output.status.success(), "{arguments:?}");
+        let text =
+            String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains(words), "{arguments:?}: {text}");
+    };
+    refused(&["--to", "10.77.0.3"], "cannot be reached");
+    refused(&["--to", "10.77.0.3:7900"], "serves pages");
+    refused(&["--to", "10.77.0.2", "--mode", "teleport"], "choose one of hybrid");
+    refused(&["--to", "10.77.0.2", "--mode", "precopy", "--safe"], "does not go with");
+    refused(&["--to", "10.77.0.1"], "exists on this host already");
+    let unknown = rig.lab.host(1).heca(&["vm", "migrate", "h", "--to", "10.77.0.2"]).unwrap();
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no VM `h`"));
+    let nothing = rig.lab.host(1).heca(&["vm", "migrate-resolve", "g", "--gone"]).unwrap();
+    assert!(String::from_utf8_lossy(&nothing.stderr).contains("nothing to decide"));
+    rig.wait_for_reports(1, 3);
+    rig.moves(1, 2, &[]);
+}
+
+#[test]
+fn two_guests_move_at_once_and_cross() {
+    let mut rig = Rig::new(None);
+    rig.start("64M");
+    // The second one is on the other host, and on its way to the first.
+    let sponsors = [rig.lab.host(3).sponsor(), rig.lab.host(4).sponsor()];
+    let (kernel, initrd) = (rig.kernel.clone(), rig.initrd.clone());
+    let mut words = vec!["vm", "run", "h", "--memory", "256M", "--local", "64M"];
+    words.extend(["--kernel", &kernel, "--initrd", &initrd]);
+    words.extend(["--append", "console=ttyS0 quiet panic=-1"]);
+    for sponsor in &sponsors {
+        words.extend(["--sponsor", sponsor]);
+    }
+    rig.lab.host(2).heca_ok(&words).unwrap();
+    std::thread::sleep(Duration::from_secs(4));
+    rig.begin(1, 2, &[]);
+    rig.lab.host(2).heca_ok(&["vm", "migrate", "h", "--to", "10.77.0.1", "--background"]).unwrap();
+    rig.wait_for(1, "end", |info| info.phase == MigrationPhase::Completed);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while rig.lab.host(1).vm("h").map(|vm| vm.state).ok() != Some(VmState::Running) {
+        assert!(Instant::now() < deadline, "{:?}", rig.lab.host(2).vm("h"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    rig.wait_for_reports(2, 4);
+    let mut console = Console::new(&rig.lab.host(1).vm("h").unwrap().console_log);
+    std::thread::sleep(Duration::from_secs(1));
+    console.poll();
+    assert!(console.complaints().is_empty() && !console.samples().is_empty());
+    assert_eq!(console.last().unwrap().wrong_bytes, 0);
 }

@@ -21,21 +21,34 @@ const PROTECT_AGAIN: u64 = 1 << 0 | 1 << 1;
 /// Regions that one scan may report.
 const SCAN_REGIONS: usize = 2048;
 
-/// What one scan looks for.
+/// What one scan looks for: pages with all of these categories after some were inverted.
 struct Scan {
     flags: u64,
     inverted: u64,
     all_of: u64,
-    any_of: u64,
+    returned: u64,
 }
 
 impl Scan {
-    const WRITTEN: Self = Self { flags: 0, inverted: 0, all_of: WRITTEN | PAGE_PRESENT, any_of: 0 };
+    const WRITTEN: Self = Self {
+        flags: 0,
+        inverted: 0,
+        all_of: WRITTEN | PAGE_PRESENT,
+        returned: WRITTEN | PAGE_PRESENT,
+    };
     const TAKE_WRITTEN: Self = Self { flags: PROTECT_AGAIN, ..Self::WRITTEN };
-    /// An entry that is there, or the marker that the protection left where the mapping was zapped
-    /// (which counts as swapped). An empty entry counts as not written, too, and proves nothing.
-    const PROTECTED: Self =
-        Self { flags: 0, inverted: WRITTEN, all_of: WRITTEN, any_of: PAGE_PRESENT | SWAPPED };
+    const UNWRITTEN: Self =
+        Self { flags: 0, inverted: WRITTEN, all_of: WRITTEN, returned: PAGE_PRESENT | SWAPPED };
+}
+
+/// How a page looks that is not seen to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unwritten {
+    /// Mapped and write-protected: not written since.
+    Protected,
+    /// The mapping is gone, and the mark of its protection is left: the page was not written, but
+    /// perhaps given away as a whole.
+    Zapped,
 }
 
 #[repr(C)]
@@ -140,14 +153,24 @@ impl Pagemap {
         self.scan(Scan::TAKE_WRITTEN, range, found)
     }
 
-    /// Names the pages between two addresses of which the page map shows that they were not
-    /// written since they were write-protected last, mapped or not. What is not named may have
-    /// been written.
+    /// Names the pages between two addresses of which the page map shows that they were not written
+    /// since they were write-protected last, and how. What is not named may have been written.
     ///
     /// # Errors
     /// As [`Self::count_written`].
-    pub fn protected(&self, range: Range<u64>, found: impl FnMut(Range<u64>)) -> io::Result<()> {
-        self.scan(Scan::PROTECTED, range, found)
+    pub fn unwritten(
+        &self,
+        range: Range<u64>,
+        mut found: impl FnMut(Range<u64>, Unwritten),
+    ) -> io::Result<()> {
+        self.scan_categories(Scan::UNWRITTEN, range, |run, categories| {
+            // Kernels differ in whether an empty entry counts as written; it proves nothing.
+            if categories & PAGE_PRESENT != 0 {
+                found(run, Unwritten::Protected);
+            } else if categories & SWAPPED != 0 {
+                found(run, Unwritten::Zapped);
+            }
+        })
     }
 
     fn scan(
@@ -155,6 +178,15 @@ impl Pagemap {
         scan: Scan,
         range: Range<u64>,
         mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<()> {
+        self.scan_categories(scan, range, |run, _| found(run))
+    }
+
+    fn scan_categories(
+        &self,
+        scan: Scan,
+        range: Range<u64>,
+        mut found: impl FnMut(Range<u64>, u64),
     ) -> io::Result<()> {
         let mut regions = vec![ScanRegion { start: 0, end: 0, categories: 0 }; SCAN_REGIONS];
         let mut from = range.start;
@@ -170,8 +202,8 @@ impl Pagemap {
                 max_pages: 0,
                 category_inverted: scan.inverted,
                 category_mask: scan.all_of,
-                category_anyof_mask: scan.any_of,
-                return_mask: scan.all_of | scan.any_of,
+                category_anyof_mask: 0,
+                return_mask: scan.returned,
             };
             // SAFETY: the argument has the layout of the kernel's header and points to an array of
             // the length that it states; both live through the call.
@@ -181,7 +213,7 @@ impl Pagemap {
                 return Err(io::Error::last_os_error());
             }
             let some = &regions[..count as usize];
-            some.iter().for_each(|region| found(region.start..region.end));
+            some.iter().for_each(|region| found(region.start..region.end, region.categories));
             // The end of the walk that the kernel reports is not to be relied on with many regions.
             match some.last() {
                 Some(last) if some.len() == SCAN_REGIONS => from = last.end,
@@ -243,12 +275,21 @@ mod tests {
         touch(5, 2);
         // Zapped: 1 and 2 were not written since (the mark outlives the mapping), 6 is read again.
         map.unmap_pages(PAGE_BYTES, 2 * PAGE_BYTES).expect("unmap");
-        let mut clean = Vec::new();
+        let mut seen = [None; PAGES];
+        let number = |address: u64| ((address - start) / PAGE) as usize;
         pagemap
-            .protected(start..end, |run| {
-                clean.extend((run.start - start) / PAGE..(run.end - start) / PAGE);
+            .unwritten(start..end, |run, what| {
+                seen[number(run.start)..number(run.end)].fill(Some(what));
             })
             .expect("scan");
-        assert_eq!(clean, [0, 1, 2, 3, 4, 6, 7], "8 and later were never there");
+        for (page, what) in seen.into_iter().enumerate() {
+            let expected = match page {
+                1 | 2 => Some(Unwritten::Zapped),
+                5 => None,
+                0..8 => Some(Unwritten::Protected),
+                _ => None,
+            };
+            assert_eq!(what, expected, "page {page}");
+        }
     }
 }

@@ -20,8 +20,12 @@ impl EntryFlags {
     /// fact that the page is all zeros: no data, but a tag.
     pub const SEALED: Self = Self(4);
 
+    /// The content is one word over and over, the first eight bytes of the tag; no data follows for
+    /// it. Between the hosts that a VM moves between only: sponsors refuse it.
+    pub const SAME: Self = Self(8);
+
     /// Every flag that this build knows.
-    pub const ALL: Self = Self(Self::ZERO.0 | Self::ABSENT.0 | Self::SEALED.0);
+    pub const ALL: Self = Self(Self::ZERO.0 | Self::ABSENT.0 | Self::SEALED.0 | Self::SAME.0);
 
     /// Whether all bits of `other` are set.
     #[must_use]
@@ -38,7 +42,7 @@ impl EntryFlags {
     /// Whether 4096 bytes of data belong to the entry in a frame that carries data.
     #[must_use]
     pub const fn has_data(self) -> bool {
-        self.0 & (Self::ZERO.0 | Self::ABSENT.0) == 0
+        self.0 & (Self::ZERO.0 | Self::ABSENT.0 | Self::SAME.0) == 0
     }
 }
 

@@ -146,7 +146,7 @@ fn answer(
         }
         Ask::Query { id } => say(vms.hear(id, TargetEvent::Asked)?),
         Ask::GiveUp { id } => say(vms.hear(id, TargetEvent::GiveUp)?),
-        Ask::Needs { id } => Told::Needs { source: vms.needs_source(id) },
+        Ask::Needs { id } => Told::Needs { source: vms.needs_source(id), boot: boot_id() },
         Ask::Forget { id } => {
             vms.forget_arrival(id);
             Told::Done

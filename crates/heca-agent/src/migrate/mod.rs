@@ -85,6 +85,7 @@ pub(crate) enum Told {
     /// Whether the VM needs its former host.
     Needs {
         source: bool,
+        boot: String,
     },
     Failed(ApiError),
     Done,

@@ -375,7 +375,7 @@ impl Engine {
             Install::Copy | Install::Fill | Install::Zero if result.is_ok() => {
                 self.moving.changed(page);
             }
-            Install::Continue => self.moving.mapped(page),
+            Install::Continue => self.moving.mapped(page, action),
             _ => {}
         }
         let result = self.outcome(page, result);

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use heca_core::pager::FetchError;
 use heca_types::limits::{DEMAND_PAGES_IN_FLIGHT_MAX, FRAME_PAGES_MAX, PAGE_BYTES};
-use heca_types::{PageIndex, PageVersion, RegionId, Status};
+use heca_types::{Epoch, PageIndex, PageVersion, RegionId, Status};
 use heca_wire::{Body, EntryFlags, Header, Kind, PageEntry, encode_pages, page_checksum};
 
 use super::remote::Peer;
@@ -32,6 +32,8 @@ pub(super) type Seal = Option<Arc<Sealer>>;
 #[derive(Debug)]
 pub(super) struct ReadLane {
     pub(super) link: Link,
+    /// The epoch under which the sponsor knew this owner when the connection was made.
+    pub(super) opened_under: Epoch,
     peer: Arc<Peer>,
     region: RegionId,
     frame_pages: usize,
@@ -60,6 +62,7 @@ impl ReadLane {
     ) -> Self {
         Self {
             link,
+            opened_under: peer.epoch(),
             peer,
             region,
             frame_pages: if prefetch { PREFETCH_FRAME_PAGES } else { FRAME_PAGES_MAX },
@@ -201,6 +204,10 @@ fn judge<'a>(asked: &Asked, entry: &PageEntry, data: Option<&'a [u8]>) -> Answer
     }
     if entry.flags().contains(EntryFlags::ABSENT) || entry.version() != asked.version {
         return Err(FetchError::Absent);
+    }
+    if entry.flags().contains(EntryFlags::SAME) {
+        // No sponsor was given such a thing.
+        return Err(FetchError::Corrupt);
     }
     let bytes = data.unwrap_or(&ZERO_PAGE);
     if page_checksum(asked.page, asked.version, bytes) != entry.checksum() {

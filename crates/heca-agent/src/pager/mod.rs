@@ -197,6 +197,8 @@ pub struct PagerHandle {
     region: RegionId,
     /// Pages that a former owner still has.
     behind: Option<Arc<Behind>>,
+    /// The next owner was told of every page: the region is not ours to give back.
+    handed_over: std::sync::atomic::AtomicBool,
 }
 
 /// Score that keeps the kernel from choosing the pager when memory is short.
@@ -327,7 +329,8 @@ impl PagerHandle {
             let pid = self.target.pid;
             tracing::error!(pid, "the pager ends while the process lives; sponsors keep its pages");
         }
-        self.end(gone)
+        let ours = !self.handed_over.load(std::sync::atomic::Ordering::SeqCst);
+        self.end(gone && ours)
     }
 
     fn end(mut self, close: bool) -> Option<PagerStats> {

@@ -105,7 +105,19 @@ impl Server {
     }
 
     fn finish(self) -> Option<PagerStats> {
-        let importer = self.importer.and_then(Arc::into_inner);
+        let importer = self.importer.and_then(|importer| {
+            // Its threads hold it until their connections are gone.
+            importer.end_session();
+            let mut importer = importer;
+            for _ in 0..100 {
+                match Arc::try_unwrap(importer) {
+                    Ok(importer) => return Some(importer),
+                    Err(held) => importer = held,
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            None
+        });
         self.handle.or_else(|| importer?.into_handle())?.finish()
     }
 }
@@ -225,8 +237,9 @@ async fn export_start(
 ) -> Result<Json<()>, Failure> {
     blocking(server, move |server| {
         let pager = server.needs_pager()?;
-        let ExportRequest { address, ticket, bytes_per_s } = request;
-        let started = Export::start(pager, Destination { address, ticket }, bytes_per_s)?;
+        let ExportRequest { address, ticket, epoch, bytes_per_s } = request;
+        let to = Destination { address, ticket };
+        let started = Export::start(pager, to, (epoch, bytes_per_s))?;
         *lock(&server.export) = Some(Arc::new(started));
         Ok(())
     })

@@ -40,6 +40,8 @@ pub(super) const DROPPED: u32 = 1 << 31;
 /// Bit of a page's version in the journal: the page is still with the region's former owner,
 /// whatever the RAM file has for it.
 pub(super) const BEHIND: u32 = 1 << 30;
+/// Not zero once the former owner told of every page, for a region that came from one.
+pub(super) const SWITCHED: usize = 5;
 /// Not zero once the region has a newer owner.
 pub(super) const FENCED: usize = 4;
 /// One bit for each sponsor that ever acknowledged a page.
@@ -115,6 +117,10 @@ fn set_up(
         return Err(
             ApiError::new("fenced", text).hint("stop the VM here: `heca vm stop NAME --now`")
         );
+    }
+    if config.resume && config.import.is_some() && journal.number(SWITCHED) == 0 {
+        let text = "the VM's memory did not get here in full: it cannot go on here";
+        return Err(ApiError::new("not-switched", text).hint("it stays where it came from"));
     }
     let mut config = config.clone();
     let eviction = if config.resume {
@@ -438,6 +444,7 @@ fn run(
         ram: ram_again,
         region: config.region,
         behind,
+        handed_over: std::sync::atomic::AtomicBool::new(false),
     };
     Ok(handle)
 }

@@ -69,6 +69,10 @@ pub(super) fn store_entry(
     entry: &PageEntry,
     bytes: Option<&[u8]>,
 ) -> Result<(), Refusal> {
+    if entry.flags().contains(EntryFlags::SAME) {
+        let text = format!("{}: sponsors take no repeated words", entry.page());
+        return Err(Refusal { status: Status::Malformed, text });
+    }
     let (page, version, flags) = (entry.page(), entry.version(), entry.flags());
     let malformed =
         |what: &str| Err(Refusal { status: Status::Malformed, text: format!("{page}: {what}") });

@@ -97,7 +97,14 @@ impl VmManager {
     ) -> Result<Prepared, ApiError> {
         let request = &prepare.request;
         self.refuse_if_closing()?;
-        if lock(&self.arrivals).len() >= ARRIVALS_MAX {
+        let expected = |arrival: &&Arc<Arrival>| {
+            matches!(*lock(&arrival.state), Target::Waiting | Target::Loaded)
+        };
+        let known: Vec<Arc<Arrival>> = lock(&self.arrivals).values().cloned().collect();
+        if known.iter().any(|arrival| arrival.id == prepare.id) {
+            return Err(ApiError::new("bad-request", "a move under this name is under way"));
+        }
+        if known.iter().filter(expected).count() >= ARRIVALS_MAX {
             let text = format!("{ARRIVALS_MAX} VMs are on their way to this host already");
             return Err(ApiError::new("too-many", text).hint("try again later"));
         }
@@ -272,6 +279,7 @@ impl VmManager {
                     }
                     status if loaded(status) => {
                         drop(held);
+                        self.await_memory(arrival, deadline)?;
                         let _ = lock(&arrival.state).step(TargetEvent::StateLoaded);
                     }
                     _ => {}
@@ -292,6 +300,20 @@ impl VmManager {
         }
     }
 
+    /// Waits until the source has told of every page: QEMU may have got its state without a look at the
+    /// guest's memory.
+    fn await_memory(&self, arrival: &Arrival, deadline: Instant) -> Result<(), ApiError> {
+        while !arrival.mode.is_qemu() && self.import_info(arrival)?.behind_pages.is_none() {
+            arrival.check_alive()?;
+            if Instant::now() > deadline {
+                let text = "the guest's memory did not come in time";
+                return Err(ApiError::new("target-failed", text));
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        Ok(())
+    }
+
     /// How much of the memory is here.
     pub(crate) fn import_info(&self, arrival: &Arrival) -> Result<ImportInfo, ApiError> {
         call(arrival.vm.pager_socket(), "/v1/import", None, Duration::from_secs(5))
@@ -305,7 +327,7 @@ impl VmManager {
             return Ok(if ran { Answer::Running } else { Answer::Dropped });
         };
         *lock(&arrival.heard) = Instant::now();
-        // Held throughout: a second connection waits until it is decided.
+        // Held until it is decided and written down; what follows from it may take longer.
         let mut state = lock(&arrival.state);
         let mut event = event;
         if event == TargetEvent::Grant && *state == Target::Loaded {
@@ -316,24 +338,30 @@ impl VmManager {
             }
         }
         let before = *state;
+        let actions = state.step(event);
+        let after = *state;
+        if actions.contains(&TargetAction::Record) && after == Target::Running {
+            // That one was dropped is what no record says.
+            if let Err(error) = self.record_arrival(&arrival) {
+                *state = before;
+                return Err(error);
+            }
+        }
+        drop(state);
         let mut said = None;
-        for action in state.step(event) {
+        for action in actions {
             match *action {
-                TargetAction::Record if *state == Target::Running => {
-                    if let Err(error) = self.record_arrival(&arrival) {
-                        // Nothing has happened yet.
-                        *state = before;
-                        return Err(error);
-                    }
-                }
-                // That it was dropped is what no record says.
                 TargetAction::Record => {}
-                TargetAction::Run => self.run_arrival(&arrival),
+                TargetAction::Run => {
+                    self.run_arrival(&arrival);
+                    // What is written down answers from here on.
+                    lock(&self.arrivals).remove(&id);
+                }
                 TargetAction::Remove => self.remove_arrival(&arrival),
                 TargetAction::Answer(answer) => said = Some(answer),
             }
         }
-        match (said, *state) {
+        match (said, after) {
             (Some(answer), _) => Ok(answer),
             (None, Target::Running) => Ok(Answer::Running),
             (None, Target::Dropped) => Ok(Answer::Dropped),
@@ -359,7 +387,7 @@ impl VmManager {
         let import: Result<ImportInfo, ApiError> =
             call(vm.pager_socket(), "/v1/import", None, Duration::from_secs(2));
         // A pager that does not answer is being replaced, and its successor may want some.
-        import.map_or(true, |import| !import.done)
+        import.map_or(true, |import| !import.done && import.behind_pages != Some(0))
     }
 
     /// Has a guest go on that a former agent of this host was about to move, or to take over: the
@@ -374,33 +402,41 @@ impl VmManager {
         std::thread::spawn(move || {
             let name = lock(&vm.request).name.clone();
             let quick = Duration::from_secs(10);
-            let tell = |path: &str| {
-                let told: Result<(), ApiError> =
-                    call(vm.pager_socket(), path, Some(&json!({})), quick);
-                if let Err(error) = told {
-                    tracing::debug!(vm = name, path, "not needed: {error}");
-                }
+            let tell = |path: &str| -> Result<(), ApiError> {
+                call(vm.pager_socket(), path, Some(&json!({})), quick)
             };
             if arrived.is_some() {
-                tell("/v1/import/commit");
+                match tell("/v1/import/commit") {
+                    Err(error) if error.code == "not-switched" => {
+                        *lock(&vm.problem) = Some(format!("the guest cannot go on: {error}"));
+                        return;
+                    }
+                    outcome => tracing::debug!(vm = name, ?outcome, "told to take over"),
+                }
                 let _ = vm.change_record(|record| record.incoming = None);
             }
-            tell("/v1/export/abort");
+            let _ = tell("/v1/export/abort");
             {
                 let mut qmp = lock(&vm.qmp);
-                let status = qmp.as_mut().and_then(|qmp| qmp.query_status().ok());
-                if status.is_some_and(|status| HELD.contains(&status.as_str()))
-                    && let Some(qmp) = qmp.as_mut()
-                {
+                if let Some(qmp) = qmp.as_mut() {
+                    // One that is under way would stop the guest later, and nobody would be there.
                     let _ = qmp.execute("migrate_cancel", Value::Null);
                     let deadline = Instant::now() + quick;
-                    while qmp.query_status().is_ok_and(|status| status != "running")
-                        && Instant::now() < deadline
-                    {
-                        let _ = qmp.cont();
+                    while Instant::now() < deadline {
+                        let found = qmp.execute("query-migrate", Value::Null).unwrap_or_default();
+                        let over = matches!(
+                            found["status"].as_str(),
+                            None | Some("none" | "cancelled" | "failed" | "completed")
+                        );
+                        let status = qmp.query_status().unwrap_or_default();
+                        if over && !HELD.contains(&status.as_str()) {
+                            break;
+                        }
+                        if HELD.contains(&status.as_str()) {
+                            let _ = qmp.cont();
+                        }
                         std::thread::sleep(Duration::from_millis(5));
                     }
-                    tracing::info!(vm = name, "the guest goes on");
                 }
             }
             if has_no_pager && let Some(mode) = arrived {
@@ -409,16 +445,25 @@ impl VmManager {
         });
     }
 
+    /// The file is what counts, to this agent and to its successor; it is there in full or not at all.
     fn record_arrival(&self, arrival: &Arrival) -> Result<(), ApiError> {
-        let path = tombstone(self, arrival.id);
-        fs::create_dir_all(&self.arrived_dir)
-            .and_then(|()| fs::write(&path, b"running\n"))
-            .map_err(|error| io_error("write", &path, &error))?;
-        arrival.vm.change_record(|record| {
-            record.incoming = None;
-            record.arrived = Some(arrival.mode);
-            record.came_as = Some(arrival.id);
-        })
+        let came = |record: &mut Record, came: bool| {
+            record.arrived = came.then_some(arrival.mode);
+            record.came_as = came.then_some(arrival.id);
+        };
+        arrival.vm.change_record(|record| came(record, true))?;
+        let (path, new) = (tombstone(self, arrival.id), self.arrived_dir.join("new"));
+        let written = fs::create_dir_all(&self.arrived_dir)
+            .and_then(|()| fs::write(&new, b"running\n"))
+            .and_then(|()| fs::rename(&new, &path));
+        if let Err(error) = written {
+            let _ = arrival.vm.change_record(|record| came(record, false));
+            return Err(io_error("write", &path, &error));
+        }
+        if let Err(error) = arrival.vm.change_record(|record| record.incoming = None) {
+            tracing::warn!("a record is not up to date, which does no harm: {error}");
+        }
+        Ok(())
     }
 
     /// The guest may run here, and from here on nowhere else.

@@ -33,16 +33,24 @@ pub(super) fn watch(vm: &Arc<Vm>) {
                 Some(pager) => wait_any(&[&qemu, pager], Duration::from_secs(5)),
                 None => wait_any(&[&qemu], LOOK),
             }
-            if qemu.wait(Duration::ZERO) {
+            let handover = lock(&vm.record).as_ref().and_then(|record| record.handover.clone());
+            let is_gone = handover.as_ref().is_some_and(|h| h.state == Source::Given);
+            // What is behind is in the RAM file: it does not need QEMU.
+            if qemu.wait(Duration::ZERO) && !is_gone {
                 finish(pager.as_deref());
                 break;
             }
             let lost = Instant::now();
             let pager_ended = pager.as_ref().is_none_or(|pager| pager.wait(Duration::ZERO));
-            if !pager_ended || qemu.wait(END_GAP) {
+            if !pager_ended || (!is_gone && qemu.wait(END_GAP)) {
+                if is_gone {
+                    std::thread::sleep(LOOK);
+                }
                 continue;
             }
-            let handover = lock(&vm.record).as_ref().and_then(|record| record.handover.clone());
+            if lock(&vm.running).is_none() {
+                return;
+            }
             match handover.map(|handover| (handover.state, handover.pager)) {
                 // What the target was told is not to be changed by a successor.
                 None if vm.switched.load(Ordering::SeqCst) => std::thread::sleep(LOOK),
@@ -79,8 +87,10 @@ fn follow(vm: &Vm, qemu: &Process, to: Destination) {
         Ok((pager, _)) => {
             let started = identity(&pager);
             let _ = vm.change_record(|record| record.pager = Some(started));
-            if let Some(running) = &mut *lock(&vm.running) {
-                running.pager = Some(pager);
+            match &mut *lock(&vm.running) {
+                Some(running) => running.pager = Some(pager),
+                // The target needed nothing more, and the VM is gone.
+                None => pager.kill(),
             }
         }
         Err(error) => {

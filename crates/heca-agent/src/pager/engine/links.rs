@@ -53,9 +53,12 @@ impl Engine {
     /// A connection failed: because a newer owner has the region, or for other reasons.
     fn lose_link(&mut self, sponsor: u8, error: &LinkError) {
         match error {
-            // A sponsor that had not heard of this owner when the others had.
+            // A connection from before this owner took the region over: what was asked on it may
+            // have met the takeover. A newer owner is heard of on the next one.
             LinkError::Refused { status: Status::StaleEpoch, .. }
-                if self.context.remote.peer(sponsor).epoch() != self.context.remote.epoch() =>
+                if self.lanes[usize::from(sponsor)].as_ref().is_some_and(|lanes| {
+                    lanes.demand.opened_under != self.context.remote.epoch()
+                }) =>
             {
                 self.lose(sponsor, chain(error));
             }

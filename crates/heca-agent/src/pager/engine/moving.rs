@@ -3,15 +3,15 @@
 use std::io;
 
 use crossbeam_channel::Sender;
-use heca_core::pager::{Event, Pager};
-use heca_types::limits::PAGE_BYTES;
+use heca_core::pager::{Action, Event, Pager};
 use heca_types::{Epoch, PageIndex, PageVersion};
-use heca_wire::{Body, EntryFlags, Header, Kind, PageEntry, encode_pages, page_checksum};
+use heca_wire::{Body, Header, Kind, PageEntry, encode_pages};
 
 use super::super::handover::behind::Behind;
 use super::super::handover::bitmap::Bitmap;
 use super::super::handover::import::Incoming;
 use super::super::handover::tracker::{Final, Tracker};
+use super::super::handover::transfer::{Content, PageBuffer, content, page_buffer};
 use super::super::remote::chain;
 use super::super::start::STORED;
 use super::Engine;
@@ -36,6 +36,7 @@ struct Arrival {
     /// Answers what the guest waits for.
     source: Option<Link>,
     asks: Vec<PageEntry>,
+    room: PageBuffer,
     /// Pages that are here and were not mapped since, one bit each. A page that is to be unmapped
     /// leaves: mapping it behind the evictor's back would undo that.
     unmapped: Bitmap,
@@ -46,7 +47,7 @@ struct Arrival {
 impl Arrival {
     fn new(incoming: Incoming) -> Self {
         let Incoming { behind, unmapped, order } = incoming;
-        Self { behind, source: None, asks: Vec::new(), unmapped, order }
+        Self { behind, source: None, asks: Vec::new(), room: page_buffer(), unmapped, order }
     }
 
     fn take(&mut self, page: u64) -> bool {
@@ -123,7 +124,11 @@ impl Moving {
     }
 
     /// A page that was there and not mapped is mapped now: so are its neighbours.
-    pub(super) fn mapped(&mut self, page: PageIndex) {
+    pub(super) fn mapped(&mut self, page: PageIndex, action: Action) {
+        if !matches!(action, Action::Continue { protect: true, .. }) {
+            // It can be written from here on, and nothing shows it that was not there before.
+            self.changed(page);
+        }
         if let Some(arrival) = &mut self.arrival
             && arrival.take(page.0)
         {
@@ -212,6 +217,7 @@ impl Engine {
     fn take_from_source(&mut self) -> bool {
         let Some(arrival) = &mut self.moving.arrival else { return false };
         let mut arrived = Vec::new();
+        // Those that were taken are told of whatever became of the others.
         let outcome = receive(arrival, &mut arrived).and_then(|()| arrival.flush());
         if let Err(error) = outcome {
             tracing::debug!("the source does not answer: {}", chain(&error));
@@ -238,14 +244,15 @@ fn receive(arrival: &mut Arrival, arrived: &mut Vec<PageIndex>) -> Result<(), Li
             _ => return Err(LinkError::Unexpected { found: header.kind }),
         };
         for (entry, data) in list.iter() {
-            const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-            let (page, bytes) = (entry.page(), data.unwrap_or(&ZEROS));
-            if page_checksum(page, entry.version(), bytes) != entry.checksum() {
-                return Err(io::Error::other("a page came damaged").into());
-            }
-            let zero = entry.flags().contains(EntryFlags::ZERO);
-            if arrival.behind.bring(page, (!zero).then_some(bytes))? {
-                arrived.push(page);
+            let content = content(entry, data, &mut arrival.room);
+            let content = content.ok_or_else(|| io::Error::other("a page came damaged"))?;
+            let bytes = match content {
+                Content::Zeros => None,
+                Content::Bytes(bytes) => Some(bytes),
+                Content::Room => Some(&arrival.room[..]),
+            };
+            if arrival.behind.bring(entry.page(), bytes)? {
+                arrived.push(entry.page());
             }
         }
     }

@@ -92,6 +92,10 @@ impl Behind {
         page: PageIndex,
         content: Option<&[u8]>,
     ) -> std::io::Result<bool> {
+        if page.offset() >= self.target.len {
+            let text = format!("{page} lies beyond the region");
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, text));
+        }
         if self.claims.set(page.0) {
             return Ok(false);
         }

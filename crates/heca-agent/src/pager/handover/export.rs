@@ -16,8 +16,8 @@ use crossbeam_channel::{Receiver, bounded, unbounded};
 use heca_api::{ApiError, ExportInfo, ExportStage};
 use heca_core::handover::{PageRecord, PageRecords};
 use heca_core::pager::Event;
-use heca_types::RegionId;
 use heca_types::limits::{FRAME_PAGES_MAX, PAGE_BYTES};
+use heca_types::{Epoch, RegionId};
 use heca_wire::{Body, Kind, Role};
 
 use super::outgoing::{Next, Outgoing, Pacer};
@@ -125,8 +125,12 @@ impl Export {
     pub(in super::super) fn start(
         handle: &PagerHandle,
         destination: Destination,
-        bytes_per_s: Option<u64>,
+        (epoch, bytes_per_s): (Epoch, Option<u64>),
     ) -> Result<Self, ApiError> {
+        if handle.remote.epoch() != epoch {
+            let text = "the VM's pager was replaced while its target got ready";
+            return Err(ApiError::new("pager-replaced", text).hint("try again"));
+        }
         let pages = handle.target.len / PAGE_BYTES as u64;
         let context = Context {
             region: handle.region,
@@ -192,6 +196,7 @@ impl Export {
         let Some((mut lead, demand, threads)) = lock(&self.copying).take() else {
             return Err(ApiError::new("switched", "the memory was switched already"));
         };
+        handle.handed_over.store(true, Ordering::SeqCst);
         let (done, answer) = bounded(1);
         handle.send(Message::Switch(done));
         let last = answer
@@ -239,6 +244,7 @@ impl Export {
     /// The VM stays: the engine goes on as before.
     pub(in super::super) fn abort(&self, handle: &PagerHandle) {
         self.state.end(ExportStage::Failed, Some("given up".to_owned()));
+        handle.handed_over.store(false, Ordering::SeqCst);
         handle.send(Message::Track(None));
         handle.send(Message::Event(Event::Freeze { on: false }));
         if let Some((lead, demand, _)) = lock(&self.copying).take() {
@@ -355,7 +361,9 @@ fn copy(
         }
         let bytes = link.bytes_sent - before;
         state.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
-        state.pacer.take(bytes);
+        if !shared.closing.load(Ordering::SeqCst) {
+            state.pacer.take(bytes);
+        }
     }
 }
 
@@ -521,8 +529,20 @@ impl State {
                     self.pacer.take(bytes);
                 }
                 Next::Later if self.ended.load(Ordering::SeqCst) => return Err(LinkError::Closed),
-                Next::Later => std::thread::sleep(LOOK),
-                Next::End => return Ok(()),
+                // A connection that broke is to be noticed meanwhile.
+                Next::Later => {
+                    link.set_timeout(Some(LOOK))?;
+                    match link.receive_blocking() {
+                        Err(LinkError::Io(e)) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                        other => other?,
+                    }
+                    link.set_timeout(None)?;
+                }
+                // The target never says anything here: that it closes the connection before it has
+                // everything means that some of what was sent did not get there.
+                Next::End => loop {
+                    link.receive_blocking()?;
+                },
             }
         }
     }

@@ -25,7 +25,7 @@ use super::{BULK_LINKS, Begin, Switch, Tag, encode_message, parse, read_message}
 use crate::link::{Link, LinkError, Security};
 use crate::pager::engine::Message;
 use crate::pager::remote::{chain, lock};
-use crate::pager::start::{BEHIND, DROPPED, Prepared, STORED};
+use crate::pager::start::{BEHIND, DROPPED, Prepared, STORED, SWITCHED};
 use crate::pager::{PagerConfig, PagerHandle, io_error};
 
 /// Longest time that the sponsors may take to learn of their region's new owner before the guest
@@ -82,6 +82,7 @@ pub(in super::super) struct Importer {
     pub(super) handle: OnceLock<PagerHandle>,
     committed: AtomicBool,
     done: AtomicBool,
+    address: Mutex<Option<SocketAddr>>,
     pub(super) received: AtomicU64,
     pub(super) pages: u64,
 }
@@ -149,6 +150,7 @@ impl Importer {
             handle: OnceLock::new(),
             committed: AtomicBool::new(false),
             done: AtomicBool::new(false),
+            address: Mutex::default(),
             received: AtomicU64::new(0),
             pages,
         }
@@ -200,6 +202,7 @@ impl Importer {
     }
 
     fn accept(self: &Arc<Self>, listener: TcpListener) -> Result<(), ApiError> {
+        *lock(&self.address) = listener.local_addr().ok();
         let importer = Arc::downgrade(self);
         let accept = move || {
             for stream in listener.incoming() {
@@ -211,9 +214,13 @@ impl Importer {
                     std::thread::sleep(Duration::from_millis(20));
                     continue;
                 };
-                if let Err(error) = importer.greet(stream) {
-                    tracing::warn!("a connection of the source is not taken: {}", chain(&error));
-                }
+                // In a thread of its own: others must not wait for one that says nothing.
+                let greet = move || {
+                    if let Err(error) = importer.greet(stream) {
+                        tracing::warn!("a connection is not taken: {}", chain(&error));
+                    }
+                };
+                let _ = std::thread::Builder::new().name("import-greet".into()).spawn(greet);
             }
         };
         std::thread::Builder::new()
@@ -275,6 +282,14 @@ impl Importer {
         Ok(())
     }
 
+    /// Nobody is to connect any more: the thread that waits for it sees that.
+    fn stop_listening(&self) {
+        let address = lock(&self.address).and_then(|address| {
+            TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok()
+        });
+        drop(address);
+    }
+
     fn take_demand(&self, link: Link) {
         match self.handle.get() {
             Some(handle) => handle.mailbox().send(Message::Source(Some(Box::new(link)))),
@@ -284,7 +299,7 @@ impl Importer {
 
     /// Ends what is left of the source's last attempt, and waits until none of its pages is on its
     /// way into memory.
-    fn end_session(&self) {
+    pub(in super::super) fn end_session(&self) {
         let session = std::mem::take(&mut *lock(&self.session));
         for stream in &session.streams {
             let _ = stream.shutdown(Shutdown::Both);
@@ -357,6 +372,7 @@ impl Importer {
                 encode_message(region, Tag::Done, &[], link.output());
                 link.flush_blocking()?;
                 self.done.store(true, Ordering::SeqCst);
+                self.stop_listening();
                 return Ok(());
             }
             match link.receive_blocking() {
@@ -410,6 +426,9 @@ impl Importer {
         for run in PageRecords::new(records, switch.pages) {
             let (pages, record) = run.map_err(|error| broken(error.to_string()))?;
             let word = record.version().0;
+            if word >= BEHIND {
+                return Err(broken(format!("version {word} of page {}", pages.start)));
+            }
             let word = match record {
                 PageRecord::Zero(_) | PageRecord::Sent(_) => word,
                 PageRecord::Behind(_) => word | BEHIND,
@@ -444,6 +463,8 @@ impl Importer {
         }
         // Not before the guest may run here.
         core.step(Event::Freeze { on: true }, &mut Vec::new());
+        // The successor of a pager that dies from here on has all that it must know.
+        journal.set_number(SWITCHED, 1);
         let behind = Behind::new(filled, ram, journal, prepared.uffd.clone(), prepared.target());
         behind_runs.into_iter().for_each(|pages| behind.expect(pages));
         let behind = Arc::new(behind);

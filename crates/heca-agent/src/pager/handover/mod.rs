@@ -25,7 +25,7 @@ pub(super) mod import;
 mod outgoing;
 mod receive;
 pub(super) mod tracker;
-mod transfer;
+pub(super) mod transfer;
 
 use heca_types::limits::FRAME_PAYLOAD_MAX;
 use heca_types::{Epoch, RegionId};

@@ -7,10 +7,10 @@ use std::sync::atomic::Ordering;
 use heca_core::pager::Event;
 use heca_types::PageIndex;
 use heca_types::limits::PAGE_BYTES;
-use heca_wire::{Body, EntryFlags, Kind, PageList};
+use heca_wire::{Body, Kind, PageList};
 
 use super::import::{Importer, Stage, protocol};
-use super::transfer::{checked, punch};
+use super::transfer::{Content, content, page_buffer, punch};
 use super::{Tag, be_nice};
 use crate::link::{Link, LinkError};
 use crate::pager::engine::Message;
@@ -105,25 +105,31 @@ impl Importer {
             run.clear();
             Ok(())
         };
+        let mut room = page_buffer();
         for (entry, data) in list.iter() {
             let page = entry.page().0;
             self.check(page)?;
-            let bytes = checked(entry, data).ok_or_else(|| protocol("a page is damaged"))?;
-            let zero = entry.flags().contains(EntryFlags::ZERO);
-            if zero || page != first + run.len() as u64 {
+            let content = content(entry, data, &mut room);
+            let content = content.ok_or_else(|| protocol("a page is damaged"))?;
+            if !matches!(content, Content::Bytes(_)) || page != first + run.len() as u64 {
                 flush(&mut run, first)?;
                 first = page;
             }
-            if zero {
-                let held = lock(filled);
-                if held.as_ref().is_some_and(|filled| filled.clear(page)) {
-                    punch(&ram, page, 1)?;
+            match content {
+                Content::Bytes(bytes) => run.push(IoSlice::new(bytes)),
+                Content::Room => {
+                    flush(&mut vec![IoSlice::new(&room[..])], page)?;
+                    first = page + 1;
                 }
-                drop(held);
-                self.known.set(page);
-                first = page + 1;
-            } else {
-                run.push(IoSlice::new(bytes));
+                Content::Zeros => {
+                    let held = lock(filled);
+                    if held.as_ref().is_some_and(|filled| filled.clear(page)) {
+                        punch(&ram, page, 1)?;
+                    }
+                    drop(held);
+                    self.known.set(page);
+                    first = page + 1;
+                }
             }
         }
         flush(&mut run, first)
@@ -135,19 +141,34 @@ impl Importer {
             return Err(protocol("pages before the switch"));
         };
         let mut brought: Vec<PageIndex> = Vec::with_capacity(list.entries().len());
+        let mut room = page_buffer();
+        let mut outcome = Ok(());
         for (entry, data) in list.iter() {
-            let bytes = checked(entry, data).ok_or_else(|| protocol("a page is damaged"))?;
-            let zero = entry.flags().contains(EntryFlags::ZERO);
-            if behind.bring(entry.page(), (!zero).then_some(bytes))? {
-                brought.push(entry.page());
+            let bytes = match content(entry, data, &mut room) {
+                Some(Content::Zeros) => None,
+                Some(Content::Bytes(bytes)) => Some(bytes),
+                Some(Content::Room) => Some(&room[..]),
+                None => {
+                    outcome = Err(protocol("a page is damaged"));
+                    break;
+                }
+            };
+            match behind.bring(entry.page(), bytes) {
+                Ok(true) => brought.push(entry.page()),
+                Ok(false) => {}
+                Err(error) => {
+                    outcome = Err(error.into());
+                    break;
+                }
             }
         }
+        // Those that were taken are told of whatever became of the others: nobody sends them again.
         for run in brought.chunk_by(|a, b| a.0 + 1 == b.0) {
             let _ = behind.map(run[0].0..run[0].0 + run.len() as u64);
         }
         let events = brought.into_iter().map(|page| Event::Arrived { page }).collect();
         handle.mailbox().send(Message::Events(events));
-        Ok(())
+        outcome
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crossbeam_channel::Sender;
 use heca_core::handover::{PageRecord, encode_records};
 use heca_core::pager::{Holding, Pager};
-use heca_sys::pagemap::Pagemap;
+use heca_sys::pagemap::{Pagemap, Unwritten};
 use heca_types::limits::{EXTENT_BYTES, FRAME_PAGES_MAX, PAGE_BYTES};
 use heca_types::{ExtentIndex, PageIndex};
 
@@ -255,8 +255,9 @@ impl Tracker {
         Ok(Final { switch, records, behind, heat })
     }
 
-    /// Pages that show no write since they were protected last, among those that the target may have
-    /// as they are: nothing else is of interest, and to look costs time that the guest stands still.
+    /// Pages that show no write since they were sent, among those that the target may have as they are:
+    /// nothing else is of interest, and to look costs time that the guest stands still. A page whose
+    /// mapping went away was given away by the guest, or is on its way out: it is sent anew.
     fn unwritten(&self, all: u64) -> io::Result<Bitmap> {
         let mut unwritten = Bitmap::new(all);
         let base = self.target.base;
@@ -270,8 +271,10 @@ impl Tracker {
                 end += STRIPE_PAGES;
             }
             if end > first {
-                self.pagemap.protected(address(first)..address(end.min(all)), |run| {
-                    unwritten.set_range(number(run.start)..number(run.end));
+                self.pagemap.unwritten(address(first)..address(end.min(all)), |run, what| {
+                    if what == Unwritten::Protected {
+                        unwritten.set_range(number(run.start)..number(run.end));
+                    }
                 })?;
             }
             first = end + STRIPE_PAGES;

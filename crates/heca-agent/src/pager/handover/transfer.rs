@@ -49,6 +49,8 @@ impl Sender {
             let mut entry = PageEntry::new(page, version);
             if is_zero_page(bytes) {
                 entry = entry.with_flags(EntryFlags::ZERO);
+            } else if let Some(tag) = repeated(bytes) {
+                entry = entry.with_flags(EntryFlags::SAME).with_tag(tag);
             } else {
                 parts.push(IoSlice::new(bytes));
             }
@@ -95,10 +97,76 @@ pub(super) fn punch(ram: &File, first: u64, pages: u64) -> std::io::Result<()> {
     fallocate(ram, flags, PageIndex(first).offset(), len).map_err(Into::into)
 }
 
-/// The content of a page in a frame, if it is what was sent.
-pub(super) fn checked<'a>(entry: &PageEntry, data: Option<&'a [u8]>) -> Option<&'a [u8]> {
+/// The tag of a page that is one word over and over.
+fn repeated(bytes: &[u8]) -> Option<[u8; 16]> {
+    let (words, _) = bytes.as_chunks::<8>();
+    let first = words.first()?;
+    let same = words.iter().all(|word| word == first);
+    same.then(|| std::array::from_fn(|i| if i < 8 { first[i] } else { 0 }))
+}
+
+/// Room for the content of one page.
+pub(in super::super) type PageBuffer = Box<[u8; PAGE_BYTES]>;
+
+/// Room for the content of one page.
+pub(in super::super) fn page_buffer() -> PageBuffer {
+    Box::new([0; PAGE_BYTES])
+}
+
+/// The content of a page in a frame, put together in `room` where it must be.
+#[derive(Debug, Clone, Copy)]
+pub(in super::super) enum Content<'a> {
+    Zeros,
+    Bytes(&'a [u8]),
+    /// In the caller's buffer.
+    Room,
+}
+
+/// The content of a page in a frame; none if it is not what was sent.
+pub(in super::super) fn content<'a>(
+    entry: &PageEntry,
+    data: Option<&'a [u8]>,
+    room: &mut PageBuffer,
+) -> Option<Content<'a>> {
     static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-    let bytes = data.unwrap_or(&ZEROS);
+    let flags = entry.flags();
+    let (content, bytes) = if flags.contains(EntryFlags::SAME) {
+        let tag = entry.tag();
+        room.as_chunks_mut::<8>().0.iter_mut().for_each(|word| word.copy_from_slice(&tag[..8]));
+        (Content::Room, &room[..])
+    } else if flags.contains(EntryFlags::ZERO) {
+        (Content::Zeros, &ZEROS[..])
+    } else {
+        let bytes = data?;
+        (Content::Bytes(bytes), bytes)
+    };
     let sound = page_checksum(entry.page(), entry.version(), bytes) == entry.checksum();
-    sound.then_some(bytes)
+    sound.then_some(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repeated_words_are_told_from_others_and_put_together_again() {
+        let word = *b"\x01\x02\x03\x04\x05\x06\x07\x08";
+        let mut page: Vec<u8> = word.repeat(PAGE_BYTES / 8);
+        let tag = repeated(&page).expect("one word");
+        let index = PageIndex(3);
+        let entry = PageEntry::new(index, PageVersion::NEVER)
+            .with_flags(EntryFlags::SAME)
+            .with_tag(tag)
+            .with_checksum(page_checksum(index, PageVersion::NEVER, &page));
+        let mut room = page_buffer();
+        assert!(matches!(content(&entry, None, &mut room), Some(Content::Room)));
+        assert_eq!(room[..], page[..]);
+        let other = entry.with_checksum(7);
+        assert!(content(&other, None, &mut room).is_none());
+        page[PAGE_BYTES - 1] = 0;
+        assert!(repeated(&page).is_none());
+        // Data that is said to follow and does not is no page of zeros.
+        let bare = PageEntry::new(index, PageVersion::NEVER);
+        assert!(content(&bare, None, &mut room).is_none());
+    }
 }

@@ -30,6 +30,7 @@ impl Leave {
         let request = ExportRequest {
             address: address.clone(),
             ticket: prepared.ticket,
+            epoch: lock(&self.epoch).unwrap_or(Epoch(0)),
             bytes_per_s: self.request.bandwidth.map(|size| size.0),
         };
         let request = serde_json::to_value(request).expect("plain data");

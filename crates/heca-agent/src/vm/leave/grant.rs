@@ -60,7 +60,8 @@ impl Leave {
         let mut pause = RETRY.0;
         loop {
             let answer = self.ask_for_answer(manager, &handover.boot);
-            let answer = match (answer, lock(&self.vm.resolution).take()) {
+            let decided = lock(&self.vm.resolution).take();
+            let answer = match (answer, decided) {
                 // What the target knows is better than what anybody says.
                 (Ok(answer @ (Answer::Running | Answer::Dropped)), _) => answer,
                 (_, Some(true)) => {
@@ -135,9 +136,7 @@ impl Leave {
         if by_qemu {
             self.follow_qemu();
         } else {
-            let release = serde_json::to_value(Release { at_once: false }).expect("plain data");
-            let _ = self.pager::<()>("/v1/export/release", Some(&release));
-            self.follow(manager);
+            self.follow(manager, &handover.boot);
         }
         let forget = Ask::Forget { id: self.id };
         let told = self.ask_again(manager, &forget).or_else(|_| self.ask_again(manager, &forget));
@@ -146,6 +145,8 @@ impl Leave {
         }
         lock(&self.info).report.total_s = Some(self.begun.elapsed().as_secs_f64());
         self.unblock_relay();
+        lock(&self.peer).take();
+        lock(&self.vm.resolution).take();
         // Where QEMU moved the memory, the region is still this host's to give back.
         manager.remove_left(&self.vm, by_qemu);
         lock(&self.info).remaining_bytes = 0;
@@ -153,9 +154,12 @@ impl Leave {
     }
 
     /// Waits until the target has all of the memory, or needs it no longer.
-    fn follow(&self, manager: &VmManager) {
+    fn follow(&self, manager: &VmManager, boot: &str) {
+        let release = serde_json::to_value(Release { at_once: false }).expect("plain data");
+        let mut released = false;
         let mut asked = Instant::now();
         loop {
+            released = released || self.pager::<()>("/v1/export/release", Some(&release)).is_ok();
             let export = self.pager::<ExportInfo>("/v1/export", None);
             let away = match &export {
                 Ok(export) => {
@@ -178,8 +182,9 @@ impl Leave {
             if away && asked.elapsed() > ASK_AGAIN {
                 asked = Instant::now();
                 let told = self.ask_again(manager, &Ask::Needs { id: self.id });
-                if let Ok(Told::Needs { source: false }) = told {
-                    return;
+                match told {
+                    Ok(Told::Needs { source: false, boot: now }) if now == boot => return,
+                    _ => {}
                 }
             }
             std::thread::sleep(LOOK_AFTER);

@@ -18,8 +18,8 @@ use heca_api::{
     MigrationInfo, MigrationPhase, Release, VmState,
 };
 use heca_core::handover::{Answer, Source, SourceAction};
-use heca_types::OwnerId;
 use heca_types::limits::PAGE_BYTES;
+use heca_types::{Epoch, OwnerId};
 use heca_wire::Role;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -75,6 +75,10 @@ pub(crate) struct Leave {
     peer: Mutex<Option<Peer>>,
     /// When it was asked last.
     asked: Mutex<Instant>,
+    /// Nobody is to listen for QEMU's stream any more.
+    over: AtomicBool,
+    /// The epoch of the region that the target was told of.
+    epoch: Mutex<Option<Epoch>>,
 }
 
 /// `HOST` or `HOST:PORT`.
@@ -83,10 +87,6 @@ fn with_port(to: &str) -> String {
         port.parse::<u16>().is_ok() && (!host.contains(':') || host.ends_with(']'))
     });
     if has_port { to.to_owned() } else { format!("{to}:{MIGRATION_PORT}") }
-}
-
-fn is_over(vm: &Vm) -> bool {
-    lock(&vm.leave).as_ref().is_none_or(|leave| lock(&leave.info).phase.is_over())
 }
 
 impl VmManager {
@@ -145,6 +145,8 @@ impl VmManager {
             error: None,
         };
         let leave = Arc::new(Leave::new(Uuid::new_v4(), &vm, request, info.clone()));
+        // What was decided about an earlier move is not about this one.
+        lock(&vm.resolution).take();
         *held = Some(leave.clone());
         lock(&self.leaves).insert(name.to_owned(), leave.clone());
         let manager = self.clone();
@@ -220,6 +222,17 @@ impl VmManager {
                 return Err(ApiError::new("decided", text));
             }
         }
+        let stats: Result<heca_api::PagerStats, ApiError> =
+            call(vm.pager_socket(), "/v1/stats", None, ANSWER_TIMEOUT);
+        if run_here && stats.is_ok_and(|stats| stats.fenced.is_some()) {
+            let text = format!("`{name}` was taken over: its sponsors have a newer owner");
+            return Err(ApiError::new("taken-over", text));
+        }
+        let record = lock(&vm.record);
+        if record.as_ref().is_none_or(|record| record.handover.is_none()) {
+            let text = format!("it is known where `{name}` runs by now");
+            return Err(ApiError::new("decided", text));
+        }
         tracing::warn!(vm = name, run_here, "an operator says where the VM goes on");
         *lock(&vm.resolution) = Some(run_here);
         Ok(())
@@ -271,6 +284,8 @@ impl Leave {
             info: Mutex::new(info),
             peer: Mutex::default(),
             asked: Mutex::new(Instant::now()),
+            over: AtomicBool::new(false),
+            epoch: Mutex::default(),
         }
     }
 
@@ -331,11 +346,17 @@ impl Leave {
         if self.cancelled.load(Ordering::SeqCst) {
             return Err(ApiError::new("cancelled", "cancelled"));
         }
-        if lock(&self.asked).elapsed() > KEEP_ALIVE
-            && let Told::Answer { answer: Answer::Dropped, .. } =
-                self.ask(&Ask::Query { id: self.id }, ANSWER_TIMEOUT)?
-        {
-            return Err(ApiError::new("target-failed", "the target gave the VM up"));
+        if lock(&self.asked).elapsed() > KEEP_ALIVE {
+            match self.ask(&Ask::Query { id: self.id }, ANSWER_TIMEOUT) {
+                Ok(Told::Answer { answer: Answer::Dropped, .. }) => {
+                    let text = "the target gave the VM up";
+                    return Err(ApiError::new("target-failed", text));
+                }
+                Ok(_) => {}
+                // It waits for the guest's state, as it should.
+                Err(error) if error.code == "not-yet" => {}
+                Err(error) => return Err(error),
+            }
         }
         let running = lock(&self.vm.running);
         let Some(running) = running.as_ref().filter(|r| !r.qemu.wait(Duration::ZERO)) else {
@@ -375,6 +396,7 @@ impl Leave {
             true => None,
             false => Some(self.pager::<RegionInfo>("/v1/region", None)?),
         };
+        *lock(&self.epoch) = region.as_ref().map(|region| region.epoch);
         let seal_key = match (&region, request.encrypt) {
             (Some(_), true) => Some(
                 std::fs::read(vm.seal_key())
@@ -427,7 +449,7 @@ impl Leave {
         let work = move || {
             let mut ready = Some(ready);
             for stream in listener.incoming().flatten() {
-                if is_over(&leave.vm) {
+                if leave.over.load(Ordering::SeqCst) {
                     return;
                 }
                 let link = match ready.take() {
@@ -470,6 +492,7 @@ impl Leave {
 
     /// Whoever waits for QEMU's stream sees that the migration is over.
     fn unblock_relay(&self) {
+        self.over.store(true, Ordering::SeqCst);
         let path = self.vm.dir.join("migrate.sock");
         let _ = std::os::unix::net::UnixStream::connect(&path);
         let _ = std::fs::remove_file(&path);

@@ -96,10 +96,12 @@ impl Leave {
         work: impl FnOnce(&mut Qmp) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
         let mut held = lock(&self.vm.qmp);
-        match held.as_mut() {
-            Some(qmp) => work(qmp),
-            None => Err(ApiError::new("no-monitor", "there is no connection to QEMU's monitor")),
+        if held.is_none() {
+            let connected = Qmp::connect(&self.vm.paths().qmp_socket, ANSWER_TIMEOUT);
+            *held = Some(connected.map_err(|error| failed(&error))?);
         }
+        let none = || ApiError::new("no-monitor", "there is no connection to QEMU's monitor");
+        work(held.as_mut().ok_or_else(none)?)
     }
 
     fn begin(&self, qmp: &mut Qmp, uri: &str) -> Result<(), ApiError> {
@@ -137,15 +139,26 @@ impl Leave {
             )?;
         }
         let begun = Instant::now();
-        // The target holds what QEMU looks at there until it was told of every page: so this may go on
-        // while the last look is taken.
-        let go_on = json!({ "state": "pre-switchover" });
-        self.with_qmp(|qmp| {
-            qmp.execute("migrate-continue", go_on).map(drop).map_err(|error| failed(&error))
-        })?;
         // From here on a successor of the pager would not know what the target was told.
         self.vm.switched.store(true, Ordering::SeqCst);
-        let export: ExportInfo = self.pager("/v1/export/switch", Some(&json!({})))?;
+        let go_on = || {
+            let go_on = json!({ "state": "pre-switchover" });
+            self.with_qmp(|qmp| {
+                qmp.execute("migrate-continue", go_on).map(drop).map_err(|error| failed(&error))
+            })
+        };
+        let tell = || self.pager::<ExportInfo>("/v1/export/switch", Some(&json!({})));
+        let export = if self.request.safe {
+            // Nothing may be looked at between the last page that was stored and the last list.
+            let export = tell()?;
+            go_on()?;
+            export
+        } else {
+            // The target holds what QEMU looks at there until it was told of every page: so the
+            // last look is taken while the state is on its way.
+            go_on()?;
+            tell()?
+        };
         self.note(&export);
         let final_scan = ms(begun.elapsed());
         if self.request.mode == MigrationMode::Precopy {
@@ -237,13 +250,24 @@ impl Leave {
         self.expect_loaded(&ask, LOAD_TIME)
     }
 
-    /// QEMU's own post-copy goes on after the switch.
+    /// QEMU's own post-copy goes on after the switch: until it says that it is done, this side is needed.
     pub(super) fn follow_qemu(&self) {
         loop {
+            let ended = lock(&self.vm.running).as_ref().is_none_or(|r| r.qemu.wait(Duration::ZERO));
+            if ended || *lock(&self.vm.resolution) == Some(false) {
+                return;
+            }
             let found = self.with_qmp(|qmp| {
                 qmp.execute("query-migrate", Value::Null).map_err(|error| failed(&error))
             });
-            let found = found.unwrap_or_default();
+            let found = match found {
+                Ok(found) => found,
+                Err(error) => {
+                    *lock(&self.vm.problem) = Some(format!("QEMU does not answer: {error}"));
+                    std::thread::sleep(RETRY.1);
+                    continue;
+                }
+            };
             let ram = &found["ram"];
             {
                 let mut info = lock(&self.info);
@@ -251,8 +275,13 @@ impl Leave {
                 info.report.memory_bytes = ram["transferred"].as_u64().unwrap_or(0);
                 info.report.qemu_downtime_ms = found["downtime"].as_f64();
             }
-            if found["status"] != "postcopy-active" {
-                return;
+            match found["status"].as_str().unwrap_or_default() {
+                "completed" => return,
+                "postcopy-active" => *lock(&self.vm.problem) = None,
+                status => {
+                    *lock(&self.vm.problem) =
+                        Some(format!("QEMU's post-copy does not go on ({status})"));
+                }
             }
             std::thread::sleep(LOOK_AFTER);
         }
@@ -265,37 +294,54 @@ impl Leave {
             tracing::debug!("the pager was not told that the VM stays: {error}");
         }
         self.vm.switched.store(false, Ordering::SeqCst);
-        if !self.migrating.load(Ordering::SeqCst) {
-            return;
-        }
-        let resumed = self.with_qmp(|qmp| {
-            let _ = qmp.execute("migrate_cancel", Value::Null);
-            let deadline = Instant::now() + STOP_TIME;
-            loop {
-                let status = qmp.query_status().map_err(|error| failed(&error))?;
-                match status.as_str() {
-                    "running" => return Ok(()),
-                    // It is about to go on by itself, or to end.
-                    "finish-migrate" => {}
-                    _ => match qmp.cont() {
-                        Ok(()) => {}
-                        Err(error) => tracing::debug!("not yet: {error}"),
-                    },
+        let mut pause = RETRY.0;
+        while self.migrating.load(Ordering::SeqCst) {
+            match self.with_qmp(resume) {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::error!(vm = self.name(), "the guest does not go on: {error}");
+                    *lock(&self.vm.problem) = Some(format!("the guest does not go on: {error}"));
                 }
-                if Instant::now() > deadline {
-                    return Err(ApiError::new("qemu-slow", format!("QEMU stays {status}")));
-                }
-                std::thread::sleep(Duration::from_millis(1));
             }
-        });
-        if let Err(error) = resumed {
-            tracing::error!(vm = self.name(), "the guest does not go on: {error}");
-            *lock(&self.vm.problem) = Some(format!("the guest does not go on: {error}"));
+            let ended = lock(&self.vm.running).as_ref().is_none_or(|r| r.qemu.wait(pause));
+            if ended {
+                return;
+            }
+            pause = (pause * 2).min(RETRY.1);
         }
         let mut state = lock(&self.vm.state);
         if *state == VmState::Leaving {
             *state = VmState::Running;
-            *lock(&self.vm.problem) = None;
         }
+        drop(state);
+        *lock(&self.vm.problem) = None;
+    }
+}
+
+/// Has QEMU forget a migration, and its guest go on.
+fn resume(qmp: &mut Qmp) -> Result<(), ApiError> {
+    let _ = qmp.execute("migrate_cancel", Value::Null);
+    let deadline = Instant::now() + STOP_TIME;
+    loop {
+        let status = qmp.query_status().map_err(|error| failed(&error))?;
+        let found = qmp.execute("query-migrate", Value::Null).unwrap_or_default();
+        // One that is still under way could stop the guest again.
+        let over = matches!(
+            found["status"].as_str(),
+            None | Some("none" | "cancelled" | "failed" | "completed")
+        );
+        match status.as_str() {
+            "running" if over => return Ok(()),
+            // It is about to go on by itself, or to end.
+            "running" | "finish-migrate" => {}
+            _ => match qmp.cont() {
+                Ok(()) => {}
+                Err(error) => tracing::debug!("not yet: {error}"),
+            },
+        }
+        if Instant::now() > deadline {
+            return Err(ApiError::new("qemu-slow", format!("QEMU stays {status}")));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
