@@ -430,3 +430,25 @@ fn two_guests_move_at_once_and_cross() {
     assert!(console.complaints().is_empty() && !console.samples().is_empty());
     assert_eq!(console.last().unwrap().wrong_bytes, 0);
 }
+
+#[test]
+fn a_copy_that_takes_long_is_not_given_up() {
+    let mut rig = Rig::new(None);
+    rig.start("128M");
+    rig.begin(1, 2, &["--bandwidth", "4M"]);
+    // Longer than the time after which the target is asked whether it still waits.
+    let info = rig.wait_for(1, "long copy", |info| info.elapsed_s > 12.0);
+    assert_eq!(info.phase, MigrationPhase::Copying, "{info:?}");
+    rig.lab.host(1).heca_ok(&["vm", "migrate-cancel", "g"]).unwrap();
+    rig.stays(1, 2);
+}
+
+#[test]
+fn a_sealed_guest_does_not_move_in_plaintext() {
+    let mut rig = Rig::new(None);
+    rig.start_with("128M", &["--encrypt"]);
+    let output = rig.lab.host(1).heca(&["vm", "migrate", "g", "--to", "10.77.0.2"]).unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("over TLS only"), "{text}");
+    rig.wait_for_reports(1, 3);
+}

@@ -199,6 +199,10 @@ impl Rig {
         let to = format!("{}:{MIGRATION_PORT}", self.lab.host(target).address());
         let mut command = self.lab.host(at).command(&heca_lab::heca_binary()?);
         command.args(["vm", "migrate", &name, "--to", &to, "--mode", mode.name(), "--json"]);
+        if mode.is_qemu() {
+            // Its own default, which it plans with; with less it would not end at high rates.
+            command.args(["--max-downtime", "300ms"]);
+        }
         if safe {
             command.arg("--safe");
         }
