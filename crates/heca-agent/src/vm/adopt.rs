@@ -2,13 +2,19 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use heca_api::VmState;
+use heca_api::{ApiError, MigrationMode, VmState};
 use heca_vmm::qmp::Qmp;
+use serde_json::{Value, json};
 
+use super::arrive::call;
 use super::process::Process;
 use super::watch::watch;
-use super::{QMP_TIMEOUT, Record, Running, VmManager, lock};
+use super::{QMP_TIMEOUT, Record, Running, Vm, VmManager, lock};
+
+/// States of a QEMU whose guest is held for a migration, or after one.
+const HELD: [&str; 5] = ["paused", "prelaunch", "inmigrate", "postmigrate", "finish-migrate"];
 
 impl VmManager {
     /// Takes them back, and cleans up after those that ended.
@@ -87,5 +93,60 @@ impl VmManager {
             }
             lock(&self.vms).insert(record.request.name, vm);
         }
+    }
+
+    /// Has a guest go on that a former agent of this host was about to move, or to take over: the
+    /// right to run is here.
+    pub(super) fn see_that_it_runs(
+        self: &Arc<Self>,
+        vm: &Arc<Vm>,
+        arrived: Option<MigrationMode>,
+        has_no_pager: bool,
+    ) {
+        let (manager, vm) = (self.clone(), vm.clone());
+        std::thread::spawn(move || {
+            let name = lock(&vm.request).name.clone();
+            let quick = Duration::from_secs(10);
+            let tell = |path: &str| -> Result<(), ApiError> {
+                call(vm.pager_socket(), path, Some(&json!({})), quick)
+            };
+            if arrived.is_some() {
+                match tell("/v1/import/commit") {
+                    Err(error) if error.code == "not-switched" => {
+                        *lock(&vm.problem) = Some(format!("the guest cannot go on: {error}"));
+                        return;
+                    }
+                    outcome => tracing::debug!(vm = name, ?outcome, "told to take over"),
+                }
+                let _ = vm.change_record(|record| record.incoming = None);
+            }
+            let _ = tell("/v1/export/abort");
+            {
+                let mut qmp = lock(&vm.qmp);
+                if let Some(qmp) = qmp.as_mut() {
+                    // One that is under way would stop the guest later, and nobody would be there.
+                    let _ = qmp.execute("migrate_cancel", Value::Null);
+                    let deadline = Instant::now() + quick;
+                    while Instant::now() < deadline {
+                        let found = qmp.execute("query-migrate", Value::Null).unwrap_or_default();
+                        let over = matches!(
+                            found["status"].as_str(),
+                            None | Some("none" | "cancelled" | "failed" | "completed")
+                        );
+                        let status = qmp.query_status().unwrap_or_default();
+                        if over && !HELD.contains(&status.as_str()) {
+                            break;
+                        }
+                        if HELD.contains(&status.as_str()) {
+                            let _ = qmp.cont();
+                        }
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                }
+            }
+            if has_no_pager && let Some(mode) = arrived {
+                manager.page_arrival(&vm, mode, &name);
+            }
+        });
     }
 }

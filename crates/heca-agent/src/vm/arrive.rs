@@ -27,8 +27,6 @@ use crate::pager::{ImportConfig, PagerConfig, check_budget};
 const RETURN_TIME: Duration = Duration::from_secs(20);
 /// Longest wait for one more event of QEMU before its processes are looked at.
 const EVENT_LOOK: Duration = Duration::from_millis(50);
-/// States of a QEMU whose guest is held for a migration, or after one.
-const HELD: [&str; 5] = ["paused", "prelaunch", "inmigrate", "postmigrate", "finish-migrate"];
 /// VMs that may be on their way here at a time.
 const ARRIVALS_MAX: usize = 16;
 
@@ -390,61 +388,6 @@ impl VmManager {
         import.map_or(true, |import| !import.done && import.behind_pages != Some(0))
     }
 
-    /// Has a guest go on that a former agent of this host was about to move, or to take over: the
-    /// right to run is here.
-    pub(super) fn see_that_it_runs(
-        self: &Arc<Self>,
-        vm: &Arc<Vm>,
-        arrived: Option<MigrationMode>,
-        has_no_pager: bool,
-    ) {
-        let (manager, vm) = (self.clone(), vm.clone());
-        std::thread::spawn(move || {
-            let name = lock(&vm.request).name.clone();
-            let quick = Duration::from_secs(10);
-            let tell = |path: &str| -> Result<(), ApiError> {
-                call(vm.pager_socket(), path, Some(&json!({})), quick)
-            };
-            if arrived.is_some() {
-                match tell("/v1/import/commit") {
-                    Err(error) if error.code == "not-switched" => {
-                        *lock(&vm.problem) = Some(format!("the guest cannot go on: {error}"));
-                        return;
-                    }
-                    outcome => tracing::debug!(vm = name, ?outcome, "told to take over"),
-                }
-                let _ = vm.change_record(|record| record.incoming = None);
-            }
-            let _ = tell("/v1/export/abort");
-            {
-                let mut qmp = lock(&vm.qmp);
-                if let Some(qmp) = qmp.as_mut() {
-                    // One that is under way would stop the guest later, and nobody would be there.
-                    let _ = qmp.execute("migrate_cancel", Value::Null);
-                    let deadline = Instant::now() + quick;
-                    while Instant::now() < deadline {
-                        let found = qmp.execute("query-migrate", Value::Null).unwrap_or_default();
-                        let over = matches!(
-                            found["status"].as_str(),
-                            None | Some("none" | "cancelled" | "failed" | "completed")
-                        );
-                        let status = qmp.query_status().unwrap_or_default();
-                        if over && !HELD.contains(&status.as_str()) {
-                            break;
-                        }
-                        if HELD.contains(&status.as_str()) {
-                            let _ = qmp.cont();
-                        }
-                        std::thread::sleep(Duration::from_millis(5));
-                    }
-                }
-            }
-            if has_no_pager && let Some(mode) = arrived {
-                manager.page_arrival(&vm, mode, &name);
-            }
-        });
-    }
-
     /// The file is what counts, to this agent and to its successor; it is there in full or not at all.
     fn record_arrival(&self, arrival: &Arrival) -> Result<(), ApiError> {
         let came = |record: &mut Record, came: bool| {
@@ -519,7 +462,7 @@ impl VmManager {
 
     /// A guest whose memory QEMU moved gets its pager now; where memory still follows, once it is
     /// all here, as QEMU watches the memory itself until then.
-    fn page_arrival(self: &Arc<Self>, vm: &Arc<Vm>, mode: MigrationMode, name: &str) {
+    pub(super) fn page_arrival(self: &Arc<Self>, vm: &Arc<Vm>, mode: MigrationMode, name: &str) {
         let vm = vm.clone();
         let (name, postcopy) = (name.to_owned(), mode.is_postcopy());
         let work = move || {

@@ -1,6 +1,7 @@
 //! A VM that moves: what the engine does for its memory, on the source and on the target.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use heca_core::pager::{Action, Event, Pager};
@@ -17,8 +18,10 @@ use super::super::start::STORED;
 use super::Engine;
 use crate::link::{Link, LinkError};
 
-/// Pages around one that was touched first which are mapped along with it: 128 KiB before and after.
-const AROUND: u64 = 32;
+/// Pages around one that was touched first which are mapped along with it: 256 KiB before and after.
+const AROUND: u64 = 64;
+/// Time for the guest to get going before the pages are mapped that it did not touch yet.
+const HEAD_START: Duration = Duration::from_millis(40);
 /// Pages that are mapped in a row while nothing else is to be done.
 const MAP_PAGES: u64 = 256;
 
@@ -42,12 +45,22 @@ struct Arrival {
     unmapped: Bitmap,
     /// Where to look for them, the last ones first.
     order: Vec<(u64, u64)>,
+    /// Since when the guest may run.
+    thawed: Option<Instant>,
 }
 
 impl Arrival {
     fn new(incoming: Incoming) -> Self {
         let Incoming { behind, unmapped, order } = incoming;
-        Self { behind, source: None, asks: Vec::new(), room: page_buffer(), unmapped, order }
+        Self {
+            behind,
+            source: None,
+            asks: Vec::new(),
+            room: page_buffer(),
+            unmapped,
+            order,
+            thawed: None,
+        }
     }
 
     fn take(&mut self, page: u64) -> bool {
@@ -202,13 +215,17 @@ impl Engine {
         if self.moving.arrival.is_some() {
             busy |= self.take_from_source();
         }
-        // Until the guest may run, others need the processor more.
         if idle
             && !busy
             && !self.core.is_frozen()
             && let Some(arrival) = &mut self.moving.arrival
         {
-            busy |= arrival.map_more();
+            // Until the guest may run, and while it takes its first steps, others need the processor
+            // more: its timers, above all.
+            let since = *arrival.thawed.get_or_insert_with(Instant::now);
+            if since.elapsed() > HEAD_START {
+                busy |= arrival.map_more();
+            }
         }
         busy
     }

@@ -105,11 +105,14 @@ fn shut(sockets: &[OwnedFd]) {
     }
 }
 
+/// A thread that sends pages; it gives its link back for the switch.
+type Copier = JoinHandle<Result<Link, LinkError>>;
+
 /// A VM's memory on its way to another host.
 pub(in super::super) struct Export {
     state: Arc<State>,
     shared: Arc<Shared>,
-    copying: Mutex<Option<(Link, Link, Vec<JoinHandle<Result<Link, LinkError>>>)>>,
+    copying: Mutex<Option<(Link, Link, Vec<Copier>)>>,
     switched_us: AtomicU64,
 }
 
