@@ -140,7 +140,7 @@ fn each_field_of_an_entry_is_checked() {
             payload[position] = value;
             decode_body(&head, &payload).unwrap_err()
         };
-        assert_eq!(refused(16, 8), DecodeError::Reserved { kind });
+        assert_eq!(refused(16, 16), DecodeError::Reserved { kind });
         assert_eq!(refused(19, 1), DecodeError::Reserved { kind });
         assert_eq!(refused(20, 99), DecodeError::Status { code: 99 });
         assert_eq!(refused(22, 1), DecodeError::Reserved { kind });
@@ -149,10 +149,10 @@ fn each_field_of_an_entry_is_checked() {
 }
 
 #[test]
-fn only_zero_and_absent_pages_have_no_data() {
+fn pages_of_zeros_of_one_word_and_absent_ones_have_no_data() {
     let (zero, absent, sealed) = (EntryFlags::ZERO, EntryFlags::ABSENT, EntryFlags::SEALED);
     assert!(EntryFlags::default().has_data() && sealed.has_data());
-    for flags in [zero, absent, sealed.union(zero), sealed.union(absent)] {
+    for flags in [zero, absent, EntryFlags::SAME, sealed.union(zero), sealed.union(absent)] {
         assert!(!flags.has_data(), "{flags:?}");
     }
 }
