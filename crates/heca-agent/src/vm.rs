@@ -23,7 +23,7 @@ use heca_api::{
 };
 use heca_types::OwnerId;
 use heca_types::limits::SPONSORS_MAX;
-use heca_vmm::command_line::VmSpec;
+use heca_vmm::command_line::{VmPaths, VmSpec};
 use heca_vmm::host;
 use heca_vmm::qmp::Qmp;
 use serde::{Deserialize, Serialize};
@@ -63,12 +63,9 @@ struct Record {
     /// It comes from another host and may not run here yet.
     #[serde(default)]
     incoming: Option<Uuid>,
-    /// It came from another host, in this way.
+    /// The attempt that brought it from another host, and how.
     #[serde(default)]
-    arrived: Option<MigrationMode>,
-    /// The name of the attempt that brought it.
-    #[serde(default)]
-    came_as: Option<Uuid>,
+    arrived: Option<(Uuid, MigrationMode)>,
     /// It goes to another host, and the right to run may be there.
     #[serde(default)]
     handover: Option<Handover>,
@@ -138,6 +135,11 @@ pub struct VmManager {
 
 fn io_error(what: &str, path: &Path, error: &std::io::Error) -> ApiError {
     ApiError::new("io", format!("cannot {what} {}", path.display())).detail(error.to_string())
+}
+
+/// A new file that only its owner can read.
+fn create_private(path: &Path) -> std::io::Result<File> {
+    File::options().write(true).create_new(true).mode(0o600).open(path)
 }
 
 fn pager_error(name: &str, error: heca_api::ClientError) -> ApiError {
@@ -428,6 +430,23 @@ impl VmManager {
         Ok(())
     }
 
+    /// Makes a VM's directory and its memory file, which nobody else can read, not even for a moment.
+    fn make_files(&self, vm: &Vm) -> Result<VmPaths, ApiError> {
+        fs::create_dir_all(&self.memory_dir)
+            .map_err(|error| io_error("create", &self.memory_dir, &error))?;
+        if !crate::store::is_tmpfs(&self.memory_dir).unwrap_or(false) {
+            let text = format!("{} is not on tmpfs", self.memory_dir.display());
+            return Err(ApiError::new("not-tmpfs", text)
+                .hint("start the agent with --memory-dir on tmpfs, such as /dev/shm/heca"));
+        }
+        let _ = fs::remove_dir_all(&vm.dir);
+        fs::create_dir_all(&vm.dir).map_err(|error| io_error("create", &vm.dir, &error))?;
+        let paths = vm.paths();
+        create_private(&paths.ram_file)
+            .map_err(|error| io_error("create", &paths.ram_file, &error))?;
+        Ok(paths)
+    }
+
     fn start(
         &self,
         vm: &Arc<Vm>,
@@ -435,25 +454,7 @@ impl VmManager {
         spec: &VmSpec,
         qemu: &Path,
     ) -> Result<(), ApiError> {
-        fs::create_dir_all(&self.memory_dir)
-            .map_err(|error| io_error("create", &self.memory_dir, &error))?;
-        if !crate::store::is_tmpfs(&self.memory_dir).unwrap_or(false) {
-            return Err(ApiError::new(
-                "not-tmpfs",
-                format!("{} is not on tmpfs", self.memory_dir.display()),
-            )
-            .hint("start the agent with --memory-dir on tmpfs, such as /dev/shm/heca"));
-        }
-        let _ = fs::remove_dir_all(&vm.dir);
-        fs::create_dir_all(&vm.dir).map_err(|error| io_error("create", &vm.dir, &error))?;
-        let paths = vm.paths();
-        // Made here, so that nobody else can read guest memory, not even for a moment.
-        File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&paths.ram_file)
-            .map_err(|error| io_error("create", &paths.ram_file, &error))?;
+        let paths = self.make_files(vm)?;
         self.refuse_if_closing()?;
         let qemu_process = start_qemu(vm, spec, qemu, &paths)?;
         *lock(&vm.running) = Some(Running { qemu: qemu_process.clone(), pager: None });
@@ -472,7 +473,6 @@ impl VmManager {
             config: config.clone(),
             incoming: None,
             arrived: None,
-            came_as: None,
             handover: None,
         };
         vm.write_record(&record)?;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::vm::ApiError;
 
-/// Port that an agent takes in VMs on, if an address names none.
+/// Port of the target's agent, if the one who moves a VM names none.
 pub const MIGRATION_PORT: u16 = 7902;
 
 /// How a VM's memory gets to the target.
@@ -149,7 +149,7 @@ pub struct MigrationInfo {
     pub phase: MigrationPhase,
     /// Time since it began, in seconds; up to its end once that came.
     pub elapsed_s: f64,
-    /// Bytes of guest memory that were local here when it began.
+    /// Bytes of guest memory that were local here when it began; 0 in QEMU's own modes.
     pub resident_bytes: u64,
     /// Bytes of guest memory that are still to come, as far as known.
     pub remaining_bytes: u64,
@@ -169,9 +169,9 @@ pub struct MigrationReport {
     pub pages_sent: u64,
     /// Pages sent after the switch.
     pub pages_sent_after: u64,
-    /// Different pages among those.
+    /// Pages that were behind at the switch: each must be sent once.
     pub pages_unique_after: u64,
-    /// Pages of zeros that were named, not sent.
+    /// Pages of zeros, or of one word over and over, that were named, not sent.
     pub zero_pages: u64,
     /// Pages that the target's guest waited for.
     pub demand_pages: u64,
@@ -245,7 +245,7 @@ pub struct ExportInfo {
     pub behind_pages: u64,
     /// Sent, over all.
     pub pages_sent: u64,
-    /// Of these, pages of zeros, which were only named.
+    /// Of these, pages of zeros or of one word over and over, which were only named.
     pub zero_pages: u64,
     /// Sent since the switch.
     pub pages_sent_after: u64,
@@ -255,8 +255,6 @@ pub struct ExportInfo {
     pub demand_pages: u64,
     /// Bytes on the wire, of all connections between the two pagers.
     pub bytes: u64,
-    /// Time that the switch took in the pager, in microseconds.
-    pub switched_us: u64,
 }
 
 /// Begins to send a VM's memory to the pager of its next host; from the agent to its pager.
@@ -275,14 +273,12 @@ pub struct ExportRequest {
 /// How far the memory of a VM that comes is, as the target's pager knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImportInfo {
-    /// Pages received so far.
+    /// Pages that came after the switch, those that came twice counted twice.
     pub received_pages: u64,
     /// Pages that are behind; none before the source told of every page.
     pub behind_pages: Option<u64>,
     /// Whether the source is needed no longer.
     pub done: bool,
-    /// Whether the connection broke before the switch, or the switch failed.
-    pub failed: bool,
 }
 
 /// Has a pager store everything that is local on the sponsors and keep it here, or stop to.

@@ -176,6 +176,19 @@ impl Appmembench {
         self.wait(bound, "ready", |said| said.ready > before)
     }
 
+    /// Waits until the guest tells of what it did from now on: its memory was verified up to here.
+    ///
+    /// # Errors
+    /// It says nothing in time, or something is wrong.
+    pub fn wait_line(&self, bound: Duration) -> anyhow::Result<()> {
+        let now = Instant::now();
+        // It tells once a second; the line after the next one begins after now.
+        self.wait(bound, "done with another second of work", |said| {
+            said.lines.iter().rev().take_while(|line| line.at > now).count() > 1
+        })?;
+        self.check()
+    }
+
     /// Has the guest do nothing.
     ///
     /// # Errors
@@ -195,6 +208,17 @@ impl Appmembench {
     pub fn wrong_bytes(&self) -> u64 {
         let said = lock(&self.said);
         said.wrong_bytes_before + said.wrong_bytes_now()
+    }
+
+    /// Bytes that were verified since the program was ready.
+    #[must_use]
+    pub fn verified_bytes(&self) -> u64 {
+        let said = lock(&self.said);
+        let pages = said
+            .lines
+            .last()
+            .map_or(0, |line| line.figures.verified_pages + line.figures.scrubbed_pages);
+        pages * 4096
     }
 
     /// Whether all is well in the guest.

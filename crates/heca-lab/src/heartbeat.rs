@@ -40,7 +40,7 @@ impl Gap {
 }
 
 /// Listens for the heartbeat that `appmembench --heartbeat` sends through a device of its guest.
-/// Needs 24 bytes for each tick, 12 kB for each second.
+/// Needs 32 bytes for each tick, 16 kB for each second.
 #[derive(Debug)]
 pub struct Heartbeat {
     tap: Tap,

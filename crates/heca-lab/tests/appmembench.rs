@@ -4,7 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-use heca_lab::{AgentOptions, Appmembench, Heartbeat, Lab, find_kernel, find_qemu10};
+use heca_lab::{AgentOptions, Appmembench, Heartbeat, Lab, MeasuredGuest, find_qemu10};
+use heca_types::ByteSize;
 use rustix::process::{Pid, Signal, kill_process};
 
 #[test]
@@ -17,17 +18,17 @@ fn a_pause_of_the_guest_is_seen_and_its_memory_is_verified() {
     let guest = Appmembench::listen(&lab.dir().join("figures.sock")).unwrap();
     let initrd = lab.dir().join("initrd");
     Appmembench::write_image(&initrd, lab.dir()).unwrap();
-    let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
-    let (kernel, qemu) = (text(find_kernel().unwrap()), text(find_qemu10().unwrap()));
-    let (initrd, sponsor) = (text(initrd), lab.host(2).sponsor());
-    let further = [heartbeat.qemu_arguments(), guest.qemu_arguments()].concat();
-    let mut arguments = vec!["vm", "run", "guest", "--memory", "256M", "--local", "256M"];
-    arguments.extend(["--replicas", "1", "--sponsor", &sponsor, "--qemu", &qemu]);
-    arguments.extend(["--kernel", &kernel, "--initrd", &initrd]);
-    arguments.extend(["--append", "console=ttyS0 quiet panic=-1", "--"]);
-    arguments.extend(further.iter().map(String::as_str));
-    lab.host(1).heca_ok(&arguments).unwrap();
-    guest.wait_up(Duration::from_secs(120)).unwrap();
+    let qemu = find_qemu10().unwrap();
+    let measured = MeasuredGuest {
+        name: "guest",
+        memory: ByteSize(256 << 20),
+        local: ByteSize(256 << 20),
+        sponsors: &[2],
+        encrypt: false,
+        qemu: Some(&qemu),
+        initrd: &initrd,
+    };
+    measured.start(&mut lab, 1, &heartbeat, &guest).unwrap();
     guest.start("--working-set 64M --rate 10M --scrub 16M", Duration::from_secs(60)).unwrap();
 
     let begun = Instant::now();

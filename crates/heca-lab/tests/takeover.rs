@@ -5,108 +5,26 @@
 mod common;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use heca_agent::pager::{ImportConfig, PagerConfig};
-use heca_api::{Client, EvictionChoice, ExportInfo, ExportRequest, ExportStage, ImportInfo};
+use heca_api::{EvictionChoice, ExportInfo, ExportRequest, ExportStage, ImportInfo};
 use heca_api::{Flush, Look, PagerStats, Release, Written};
-use heca_lab::heca_binary;
 use heca_types::limits::PAGE_BYTES;
 use heca_types::{ByteSize, Epoch, OwnerId};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use common::process::PagerProcess;
 use common::{Bench, PAGES, Target};
-
-/// A pager in a process of its own.
-struct Pager {
-    child: Child,
-    config: PagerConfig,
-    dir: PathBuf,
-    listens: Option<String>,
-}
-
-impl Pager {
-    fn start(config: PagerConfig, dir: &Path) -> Self {
-        std::fs::create_dir_all(dir).unwrap();
-        let (child, listens) = Self::spawn(&config, dir);
-        Self { child, config, dir: dir.to_owned(), listens }
-    }
-
-    fn spawn(config: &PagerConfig, dir: &Path) -> (Child, Option<String>) {
-        let file = dir.join("pager.json");
-        std::fs::write(&file, serde_json::to_vec(config).unwrap()).unwrap();
-        let mut child = Command::new(heca_binary().unwrap())
-            .args(["pager", "--config"])
-            .arg(&file)
-            .arg("--socket")
-            .arg(dir.join("pager.sock"))
-            .arg("--last")
-            .arg(dir.join("last.json"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("ready"), "{line}");
-        let state: Value = serde_json::from_str(&line).unwrap();
-        (child, state["listens"].as_str().map(str::to_owned))
-    }
-
-    fn call<T: DeserializeOwned>(&self, path: &str, body: Option<&impl Serialize>) -> T {
-        let client = Client::new(&self.dir.join("pager.sock"));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
-            let answer = runtime.block_on(async {
-                match body {
-                    Some(body) => client.post(path, body).await,
-                    None => client.get(path).await,
-                }
-            });
-            match answer {
-                Ok(value) => return value,
-                // Its socket comes a moment after its word.
-                Err(heca_api::ClientError::Unreachable { .. }) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                Err(error) => panic!("{path}: {error}"),
-            }
-        }
-    }
-
-    fn get<T: DeserializeOwned>(&self, path: &str) -> T {
-        self.call(path, None::<&()>)
-    }
-
-    fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> T {
-        self.call(path, Some(body))
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Pager {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// A process with its pager, and one that is to have its memory.
 struct Rig {
     source: Target,
-    source_pager: Pager,
+    source_pager: PagerProcess,
     target: Target,
-    target_pager: Pager,
+    target_pager: PagerProcess,
     target_ram: PathBuf,
     ticket: OwnerId,
     bench: Bench,
@@ -118,7 +36,7 @@ impl Rig {
         let source = Target::start(&bench.ram());
         let mut config = bench.config(source.pid(), 2, eviction);
         config.local = local;
-        let source_pager = Pager::start(config.clone(), &bench.dir.join("source"));
+        let source_pager = PagerProcess::start(config.clone(), &bench.dir.join("source"));
         let target_ram = bench.dir.join("ram2");
         File::create_new(&target_ram).unwrap().set_len((PAGES * PAGE_BYTES) as u64).unwrap();
         let target = Target::start(&target_ram);
@@ -133,7 +51,7 @@ impl Rig {
             import: Some(import),
             ..config
         };
-        let mut target_pager = Pager::start(config, &bench.dir.join("target"));
+        let mut target_pager = PagerProcess::start(config, &bench.dir.join("target"));
         let listens = target_pager.listens.clone().unwrap();
         target_pager.config.import.as_mut().unwrap().listen = listens;
         Self { source, source_pager, target, target_pager, target_ram, ticket, bench }
@@ -256,10 +174,7 @@ fn the_target_takes_each_page_that_is_behind_once_also_after_a_crash() {
     assert_eq!(rig.export().demand_pages, rig.export().pages_sent_after);
     // A write to a page that came must outlive the pager that brought it.
     for round in 0..3 {
-        rig.target_pager.kill();
-        let config = PagerConfig { resume: true, ..rig.target_pager.config.clone() };
-        let (child, _) = Pager::spawn(&config, &rig.target_pager.dir.clone());
-        rig.target_pager.child = child;
+        rig.target_pager.replace();
         rig.verify(4000 * (round + 1), 4000 * (round + 2), true);
     }
     rig.release();
@@ -284,13 +199,12 @@ fn pages_that_the_source_gave_away_are_zeros_there() {
     rig.commit();
     rig.release();
     rig.finish();
+    // Pages that were never written, or given away, take no memory on the target either.
+    let blocks = std::fs::metadata(&rig.target_ram).unwrap().blocks();
+    assert!(blocks * 512 <= 4096 * PAGE_BYTES as u64, "{blocks} blocks");
     rig.verify(0, 1024, false);
     rig.verify(1024, 4096, true);
     rig.verify(4096, PAGES, false);
-    // Pages that were never written take no memory on the target either, until they are looked at.
-    let holes =
-        rustix::fs::seek(File::open(&rig.target_ram).unwrap(), rustix::fs::SeekFrom::Hole(0));
-    assert!(holes.is_ok());
 }
 
 #[test]
@@ -342,4 +256,7 @@ fn without_a_way_to_tell_of_writes_all_pages_follow() {
     rig.release();
     rig.finish();
     rig.verify(0, PAGES, true);
+    // As the target counts them: each page that was behind came once.
+    let import: ImportInfo = rig.target_pager.get("/v1/import");
+    assert_eq!(import.received_pages, export.pages_unique_after, "{export:?}");
 }

@@ -5,18 +5,16 @@
 mod common;
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use heca_agent::link::{Link, LinkError, Security};
-use heca_agent::pager::{PagerConfig, PagerHandle};
+use heca_agent::pager::PagerHandle;
 use heca_agent::seal::SealKey;
-use heca_api::{Client, EvictionChoice, PagerStats, SponsorAddress};
-use heca_lab::heca_binary;
+use heca_api::{EvictionChoice, PagerStats, SponsorAddress};
 use heca_types::limits::PAGE_BYTES;
 use heca_types::{Epoch, OwnerId, PageIndex, PageVersion, Status, StoreId};
 use heca_wire::{
@@ -25,66 +23,8 @@ use heca_wire::{
 };
 use serde_json::json;
 
+use common::process::PagerProcess;
 use common::{Bench, PAGES, Target, start};
-
-/// A pager in a process of its own, which can be killed.
-struct PagerProcess {
-    child: Child,
-    config: PagerConfig,
-    dir: std::path::PathBuf,
-}
-
-impl PagerProcess {
-    fn start(config: PagerConfig, dir: &std::path::Path) -> Self {
-        let child = Self::spawn(&config, dir);
-        Self { child, config, dir: dir.to_owned() }
-    }
-
-    /// Returns when the pager serves.
-    fn spawn(config: &PagerConfig, dir: &std::path::Path) -> Child {
-        let file = dir.join("pager.json");
-        std::fs::write(&file, serde_json::to_vec(config).unwrap()).unwrap();
-        let mut child = Command::new(heca_binary().unwrap())
-            .arg("pager")
-            .arg("--config")
-            .arg(&file)
-            .arg("--socket")
-            .arg(dir.join("pager.sock"))
-            .arg("--last")
-            .arg(dir.join("last.json"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("ready"), "{line}");
-        child
-    }
-
-    /// Kills the pager and starts the next one; returns how long nobody served faults.
-    fn replace(&mut self) -> Duration {
-        self.child.kill().unwrap();
-        let lost = Instant::now();
-        self.child.wait().unwrap();
-        let config = PagerConfig { resume: true, ..self.config.clone() };
-        self.child = Self::spawn(&config, &self.dir);
-        lost.elapsed()
-    }
-
-    fn stats(&self) -> PagerStats {
-        let client = Client::new(&self.dir.join("pager.sock"));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(client.get("/v1/stats")).unwrap()
-    }
-}
-
-impl Drop for PagerProcess {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn kill_pagers_under(eviction: EvictionChoice, name: &str, sealed: bool) {
     let bench = Bench::new(name, 2);
@@ -137,9 +77,7 @@ fn a_sponsor_that_was_added_holds_nothing_for_the_next_pager_either() {
     let spare = SponsorAddress { weight: 100, ..config.sponsors.pop().unwrap() };
     let mut pager = PagerProcess::start(config, &bench.dir);
     assert_eq!(target.hammer(800, 1)["wrong"], 0);
-    let client = Client::new(&bench.dir.join("pager.sock"));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let () = runtime.block_on(client.post("/v1/sponsors", &spare)).unwrap();
+    let () = pager.post("/v1/sponsors", &spare);
     // A layout made anew would prefer the one that was added.
     pager.config.sponsors.push(spare);
     pager.replace();

@@ -293,13 +293,12 @@ async fn import_info(State(server): State<Shared>) -> Result<Json<ImportInfo>, F
         // Nothing was behind when this pager began.
         let pager = server.needs_pager()?;
         let behind_pages = Some(pager.behind.as_ref().map_or(0, |behind| behind.left()));
-        return Ok(Json(ImportInfo { received_pages: 0, behind_pages, done: true, failed: false }));
+        return Ok(Json(ImportInfo { received_pages: 0, behind_pages, done: true }));
     };
     Ok(Json(ImportInfo {
         received_pages: importer.received(),
         behind_pages: importer.behind(),
         done: importer.is_done(),
-        failed: importer.has_failed(),
     }))
 }
 

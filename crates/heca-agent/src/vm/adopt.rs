@@ -2,19 +2,16 @@
 
 use std::fs;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use heca_api::{ApiError, MigrationMode, VmState};
 use heca_vmm::qmp::Qmp;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::arrive::call;
 use super::process::Process;
 use super::watch::watch;
-use super::{QMP_TIMEOUT, Record, Running, Vm, VmManager, lock};
-
-/// States of a QEMU whose guest is held for a migration, or after one.
-const HELD: [&str; 5] = ["paused", "prelaunch", "inmigrate", "postmigrate", "finish-migrate"];
+use super::{QMP_TIMEOUT, Record, Running, Vm, VmManager, lock, qemu};
 
 impl VmManager {
     /// Takes them back, and cleans up after those that ended.
@@ -89,7 +86,10 @@ impl VmManager {
             match &record.handover {
                 Some(handover) => self.adopt_leave(&vm, handover),
                 // The former agent may have ended amid a move.
-                None => self.see_that_it_runs(&vm, record.arrived, record.pager.is_none()),
+                None => {
+                    let arrived = record.arrived.map(|(_, mode)| mode);
+                    self.see_that_it_runs(&vm, arrived, record.pager.is_none());
+                }
             }
             lock(&self.vms).insert(record.request.name, vm);
         }
@@ -121,28 +121,10 @@ impl VmManager {
                 let _ = vm.change_record(|record| record.incoming = None);
             }
             let _ = tell("/v1/export/abort");
+            if let Some(qmp) = lock(&vm.qmp).as_mut()
+                && let Err(error) = qemu::resume(qmp, quick)
             {
-                let mut qmp = lock(&vm.qmp);
-                if let Some(qmp) = qmp.as_mut() {
-                    // One that is under way would stop the guest later, and nobody would be there.
-                    let _ = qmp.execute("migrate_cancel", Value::Null);
-                    let deadline = Instant::now() + quick;
-                    while Instant::now() < deadline {
-                        let found = qmp.execute("query-migrate", Value::Null).unwrap_or_default();
-                        let over = matches!(
-                            found["status"].as_str(),
-                            None | Some("none" | "cancelled" | "failed" | "completed")
-                        );
-                        let status = qmp.query_status().unwrap_or_default();
-                        if over && !HELD.contains(&status.as_str()) {
-                            break;
-                        }
-                        if HELD.contains(&status.as_str()) {
-                            let _ = qmp.cont();
-                        }
-                        std::thread::sleep(Duration::from_millis(5));
-                    }
-                }
+                *lock(&vm.problem) = Some(format!("the guest does not go on: {error}"));
             }
             if has_no_pager && let Some(mode) = arrived {
                 manager.page_arrival(&vm, mode, &name);

@@ -1,8 +1,7 @@
 //! VMs that come from other hosts.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -19,7 +18,7 @@ use uuid::Uuid;
 use super::launch::{connect_qmp, spec_of, start_pager, start_qemu};
 use super::process::identity;
 use super::watch::{replace_pager, watch};
-use super::{Record, Running, Vm, VmManager, io_error, lock};
+use super::{Record, Running, Vm, VmManager, create_private, io_error, lock};
 use crate::migrate::{Prepare, Prepared, boot_id};
 use crate::pager::{ImportConfig, PagerConfig, check_budget};
 
@@ -38,7 +37,7 @@ pub(crate) struct Arrival {
     mode: MigrationMode,
     state: Mutex<Target>,
     ticket: OwnerId,
-    /// How often the source was heard on a new connection.
+    /// When the source was heard last.
     heard: Mutex<Instant>,
     /// Time to take the memory over, and to have the guest go on, in milliseconds.
     took_ms: Mutex<Option<(f64, f64)>>,
@@ -49,7 +48,7 @@ fn qemu_error(error: &heca_vmm::qmp::QmpError) -> ApiError {
         .detail(error.to_string())
 }
 
-/// Runs async work from a thread that is not one of the runtime's.
+/// Asks a VM's pager, from a thread that is not one of the runtime's.
 pub(super) fn call<T: serde::de::DeserializeOwned>(
     socket: PathBuf,
     path: &str,
@@ -150,25 +149,11 @@ impl VmManager {
         spec.extra_args.extend(["-incoming".to_owned(), "defer".to_owned()]);
         let qemu = host::find_qemu(request.qemu.as_deref())
             .map_err(|error| ApiError::new("no-qemu", error.to_string()))?;
-        let _ = fs::remove_dir_all(&vm.dir);
-        fs::create_dir_all(&vm.dir).map_err(|error| io_error("create", &vm.dir, &error))?;
-        fs::create_dir_all(&self.memory_dir)
-            .map_err(|error| io_error("create", &self.memory_dir, &error))?;
-        let paths = vm.paths();
-        File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&paths.ram_file)
-            .map_err(|error| io_error("create", &paths.ram_file, &error))?;
+        let paths = self.make_files(vm)?;
         let process = start_qemu(vm, &spec, &qemu, &paths)?;
         *lock(&vm.running) = Some(Running { qemu: process.clone(), pager: None });
         if let Some(key) = &prepare.seal_key {
-            File::options()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(vm.seal_key())
+            create_private(&vm.seal_key())
                 .and_then(|mut file| std::io::Write::write_all(&mut file, key))
                 .map_err(|error| io_error("write", &vm.seal_key(), &error))?;
         } else if request.encrypt && prepare.region.is_none() {
@@ -196,7 +181,6 @@ impl VmManager {
             config: config.clone(),
             incoming: Some(arrival.id),
             arrived: None,
-            came_as: None,
             handover: None,
         };
         vm.write_record(&record)?;
@@ -379,7 +363,9 @@ impl VmManager {
         let vms: Vec<Arc<Vm>> = lock(&self.vms).values().cloned().collect();
         let is = |vm: &&Arc<Vm>| {
             *lock(&vm.state) != VmState::Stopped
-                && lock(&vm.record).as_ref().is_some_and(|record| record.came_as == Some(id))
+                && lock(&vm.record)
+                    .as_ref()
+                    .is_some_and(|record| record.arrived.is_some_and(|(came, _)| came == id))
         };
         let Some(vm) = vms.iter().find(is) else { return false };
         let import: Result<ImportInfo, ApiError> =
@@ -391,11 +377,11 @@ impl VmManager {
     /// The file is what counts, to this agent and to its successor; it is there in full or not at all.
     fn record_arrival(&self, arrival: &Arrival) -> Result<(), ApiError> {
         let came = |record: &mut Record, came: bool| {
-            record.arrived = came.then_some(arrival.mode);
-            record.came_as = came.then_some(arrival.id);
+            record.arrived = came.then_some((arrival.id, arrival.mode));
         };
         arrival.vm.change_record(|record| came(record, true))?;
-        let (path, new) = (tombstone(self, arrival.id), self.arrived_dir.join("new"));
+        let (path, new) =
+            (tombstone(self, arrival.id), self.arrived_dir.join(format!("{}.new", arrival.id)));
         let written = fs::create_dir_all(&self.arrived_dir)
             .and_then(|()| fs::write(&new, b"running\n"))
             .and_then(|()| fs::rename(&new, &path));

@@ -1,7 +1,51 @@
 //! What QEMU is told for a migration.
 
-use heca_api::MigrationMode;
+use std::time::{Duration, Instant};
+
+use heca_api::{ApiError, MigrationMode};
+use heca_vmm::qmp::{Qmp, QmpError};
 use serde_json::{Value, json};
+
+/// States of a QEMU whose guest is held for a migration, or after one.
+const HELD: [&str; 4] = ["paused", "prelaunch", "inmigrate", "postmigrate"];
+
+pub(super) fn failed(error: &QmpError) -> ApiError {
+    ApiError::new("qemu-failed", "QEMU does not do as it is told").detail(error.to_string())
+}
+
+/// Has QEMU forget a migration, and a guest that is held for one go on.
+///
+/// # Errors
+/// A QEMU that is silent, or does not go on in time.
+pub(super) fn resume(qmp: &mut Qmp, patience: Duration) -> Result<(), ApiError> {
+    let _ = qmp.execute("migrate_cancel", Value::Null);
+    let deadline = Instant::now() + patience;
+    loop {
+        let status = qmp.query_status().map_err(|error| failed(&error))?;
+        let found = qmp.execute("query-migrate", Value::Null).unwrap_or_default();
+        // One that is still under way could stop the guest again.
+        let over = matches!(
+            found["status"].as_str(),
+            // Pages of a guest that came may still follow.
+            None | Some("none" | "cancelled" | "failed" | "completed" | "postcopy-active")
+        );
+        match status.as_str() {
+            held if HELD.contains(&held) => {
+                if let Err(error) = qmp.cont() {
+                    tracing::debug!("not yet: {error}");
+                }
+            }
+            // It is about to go on by itself, or to end.
+            "finish-migrate" => {}
+            _ if over => return Ok(()),
+            _ => {}
+        }
+        if Instant::now() > deadline {
+            return Err(ApiError::new("qemu-slow", format!("QEMU stays {status}")));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
 
 /// Arguments of `migrate-set-capabilities`, the same on both sides. All that matter are named, as an
 /// earlier attempt may have set others.

@@ -1,6 +1,8 @@
 //! A process whose memory is paged, and sponsors for it.
 #![allow(clippy::unwrap_used, dead_code, missing_docs, reason = "each test uses its part of this")]
 
+pub mod process;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -48,9 +48,12 @@ fn machine() -> Value {
     })
 }
 
-/// The middle value.
+/// The middle value, or the mean of the two in the middle.
 fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    match (values.get(values.len().wrapping_sub(1) / 2), values.get(values.len() / 2)) {
+        (Some(low), Some(high)) => f64::midpoint(*low, *high),
+        _ => f64::NAN,
+    }
 }

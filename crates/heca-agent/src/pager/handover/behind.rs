@@ -30,6 +30,8 @@ pub(in super::super) struct Behind {
     /// Pages whose file has content.
     filled: AtomicBitmap,
     left: AtomicU64,
+    /// Pages that were brought, those that were here already included.
+    came: AtomicU64,
     ram: Arc<File>,
     journal: Arc<Journal>,
     uffd: Arc<Userfaultfd>,
@@ -47,7 +49,8 @@ impl Behind {
     ) -> Self {
         let claims = AtomicBitmap::new(target.len / PAGE_BYTES as u64);
         claims.set_range(0..target.len / PAGE_BYTES as u64);
-        Self { claims, filled, left: AtomicU64::new(0), ram, journal, uffd, target }
+        let (left, came) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { claims, filled, left, came, ram, journal, uffd, target }
     }
 
     /// As a former pager of the VM left it: these pages are behind.
@@ -77,6 +80,11 @@ impl Behind {
         self.left.load(Ordering::SeqCst)
     }
 
+    /// Pages that came so far, those that came twice counted twice.
+    pub(in super::super) fn came(&self) -> u64 {
+        self.came.load(Ordering::Relaxed)
+    }
+
     /// Whether a page is behind and nobody is bringing it.
     pub(super) fn is_missing(&self, page: u64) -> bool {
         !self.claims.get(page)
@@ -96,6 +104,7 @@ impl Behind {
             let text = format!("{page} lies beyond the region");
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, text));
         }
+        self.came.fetch_add(1, Ordering::Relaxed);
         if self.claims.set(page.0) {
             return Ok(false);
         }

@@ -113,7 +113,6 @@ pub(in super::super) struct Export {
     state: Arc<State>,
     shared: Arc<Shared>,
     copying: Mutex<Option<(Link, Link, Vec<Copier>)>>,
-    switched_us: AtomicU64,
 }
 
 fn link_error(what: &str, error: &LinkError) -> ApiError {
@@ -168,12 +167,7 @@ impl Export {
             let thread = std::thread::Builder::new().name("export-copy".into()).spawn(copy);
             threads.push(thread.map_err(|error| io_error("start a thread", &error))?);
         }
-        Ok(Self {
-            state,
-            shared,
-            copying: Mutex::new(Some((lead, demand, threads))),
-            switched_us: AtomicU64::new(0),
-        })
+        Ok(Self { state, shared, copying: Mutex::new(Some((lead, demand, threads))) })
     }
 
     /// Looks for pages that were written since the last time; with `send`, queues all that the
@@ -195,7 +189,6 @@ impl Export {
     /// # Errors
     /// Done before; a connection that broke; an engine that does not answer.
     pub(in super::super) fn switch(&self, handle: &PagerHandle) -> Result<(), ApiError> {
-        let begun = Instant::now();
         let Some((mut lead, demand, threads)) = lock(&self.copying).take() else {
             return Err(ApiError::new("switched", "the memory was switched already"));
         };
@@ -230,7 +223,6 @@ impl Export {
             .name("export-lead".into())
             .spawn(move || state.follow(Some(links)))
             .map_err(|error| io_error("start a thread", &error))?;
-        self.switched_us.store(begun.elapsed().as_micros() as u64, Ordering::Relaxed);
         Ok(())
     }
 
@@ -271,8 +263,7 @@ impl Export {
         if broken {
             self.state.end(ExportStage::Failed, Some("the connection to the target broke".into()));
         }
-        let switched_us = self.switched_us.load(Ordering::Relaxed);
-        ExportInfo { queued_pages: queued, switched_us, ..self.state.info() }
+        ExportInfo { queued_pages: queued, ..self.state.info() }
     }
 }
 
@@ -406,7 +397,6 @@ impl State {
             pages_unique_after: load(&self.outgoing.unique),
             demand_pages: load(&self.counts.demanded),
             bytes: load(&self.counts.bytes),
-            switched_us: 0,
         }
     }
 
@@ -555,6 +545,7 @@ impl State {
         let mut sender = Sender::new(self.context.region);
         let mut pages = Vec::with_capacity(FRAME_PAGES_MAX);
         loop {
+            let before = (link.bytes_received, link.bytes_sent);
             while !link.has_frame()? {
                 link.receive_blocking()?;
             }
@@ -571,15 +562,13 @@ impl State {
                 });
                 pages.extend(mine);
             }
-            let before = (link.bytes_sent, link.bytes_received);
             for batch in pages.chunks(FRAME_PAGES_MAX) {
                 let sent = sender.send(&self.context.ram, batch, link)?;
                 self.count(sent.pages, sent.zeros);
                 self.counts.sent_after.fetch_add(sent.pages, Ordering::Relaxed);
                 self.counts.demanded.fetch_add(sent.pages, Ordering::Relaxed);
             }
-            let bytes = link.bytes_sent - before.0 + 104 * pages.len() as u64;
-            self.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
+            self.count_bytes(link, before);
         }
     }
 }

@@ -6,7 +6,7 @@
 //! until the guest may run here: see [`Importer::commit`].
 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -83,7 +83,6 @@ pub(in super::super) struct Importer {
     committed: AtomicBool,
     done: AtomicBool,
     address: Mutex<Option<SocketAddr>>,
-    pub(super) received: AtomicU64,
     pub(super) pages: u64,
 }
 
@@ -151,7 +150,6 @@ impl Importer {
             committed: AtomicBool::new(false),
             done: AtomicBool::new(false),
             address: Mutex::default(),
-            received: AtomicU64::new(0),
             pages,
         }
     }
@@ -176,9 +174,9 @@ impl Importer {
         self.done.load(Ordering::SeqCst)
     }
 
-    /// Pages received so far.
+    /// Pages that came after the switch, those that came twice counted twice.
     pub(in super::super) fn received(&self) -> u64 {
-        self.received.load(Ordering::Relaxed)
+        self.behind.get().map_or(0, |behind| behind.came())
     }
 
     /// Whether the switch failed.
@@ -342,8 +340,8 @@ impl Importer {
             let Some(behind) = self.behind.get() else {
                 return Err(protocol("the source says that the switch is over; it is not"));
             };
-            let pages = lock(&self.prepared).as_ref().map_or(self.pages, Prepared::pages);
-            let pages = self.handle().map_or(pages, |handle| handle.target.len / PAGE_BYTES as u64);
+            let pages =
+                self.handle().map_or(self.pages, |handle| handle.target.len / PAGE_BYTES as u64);
             let missing = |page| match behind.is_missing(page) {
                 true => PageRecord::Behind(PageVersion::NEVER),
                 false => PageRecord::Sent(PageVersion::NEVER),

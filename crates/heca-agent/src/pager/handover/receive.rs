@@ -2,7 +2,6 @@
 
 use std::io::IoSlice;
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 
 use heca_core::pager::Event;
 use heca_types::PageIndex;
@@ -41,8 +40,11 @@ impl Importer {
         let Some((header, body)) = link.next_frame()? else { return Ok(()) };
         match body {
             Body::Pages(list) if header.kind == Kind::Write => {
-                self.received.fetch_add(list.entries().len() as u64, Ordering::Relaxed);
-                if *switched { self.bring(&list) } else { self.store(&list) }
+                if *switched {
+                    self.bring(&list)
+                } else {
+                    self.store(&list)
+                }
             }
             Body::Pages(list) if header.kind == Kind::Discard && !*switched => {
                 let filled = lock(&self.filled);

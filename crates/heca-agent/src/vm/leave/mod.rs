@@ -445,7 +445,7 @@ impl Leave {
         let _ = std::fs::remove_file(&path);
         let listener =
             UnixListener::bind(&path).map_err(|error| io_error("listen on", &path, &error))?;
-        let (leave, manager_owner, security) = (self.clone(), ticket, manager.security.clone());
+        let (leave, ticket, security) = (self.clone(), ticket, manager.security.clone());
         let work = move || {
             let mut ready = Some(ready);
             for stream in listener.incoming().flatten() {
@@ -454,7 +454,7 @@ impl Leave {
                 }
                 let link = match ready.take() {
                     Some(link) => Ok(link),
-                    None => Link::connect(&leave.to, Role::DeviceState, manager_owner, &security)
+                    None => Link::connect(&leave.to, Role::DeviceState, ticket, &security)
                         .map(|(link, _)| link),
                 };
                 let counted = leave.device_bytes.clone();

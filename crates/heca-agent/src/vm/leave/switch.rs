@@ -7,7 +7,7 @@ use heca_vmm::qmp::{Qmp, QmpError};
 use serde_json::Value;
 
 use super::*;
-use crate::vm::qemu;
+use crate::vm::qemu::{self, failed};
 
 /// Time for QEMU to stop the guest once it was asked to.
 const STOP_TIME: Duration = Duration::from_secs(20);
@@ -17,10 +17,6 @@ const LOAD_TIME: Duration = Duration::from_secs(15);
 const QEMU_TIME: Duration = Duration::from_secs(900);
 /// Time for the last pages of a safe migration, or of a pre-copy.
 const REST_TIME: Duration = Duration::from_secs(20);
-
-fn failed(error: &QmpError) -> ApiError {
-    ApiError::new("qemu-failed", "QEMU does not do as it is told").detail(error.to_string())
-}
 
 fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
@@ -296,7 +292,7 @@ impl Leave {
         self.vm.switched.store(false, Ordering::SeqCst);
         let mut pause = RETRY.0;
         while self.migrating.load(Ordering::SeqCst) {
-            match self.with_qmp(resume) {
+            match self.with_qmp(|qmp| qemu::resume(qmp, STOP_TIME)) {
                 Ok(()) => break,
                 Err(error) => {
                     tracing::error!(vm = self.name(), "the guest does not go on: {error}");
@@ -315,33 +311,5 @@ impl Leave {
         }
         drop(state);
         *lock(&self.vm.problem) = None;
-    }
-}
-
-/// Has QEMU forget a migration, and its guest go on.
-fn resume(qmp: &mut Qmp) -> Result<(), ApiError> {
-    let _ = qmp.execute("migrate_cancel", Value::Null);
-    let deadline = Instant::now() + STOP_TIME;
-    loop {
-        let status = qmp.query_status().map_err(|error| failed(&error))?;
-        let found = qmp.execute("query-migrate", Value::Null).unwrap_or_default();
-        // One that is still under way could stop the guest again.
-        let over = matches!(
-            found["status"].as_str(),
-            None | Some("none" | "cancelled" | "failed" | "completed")
-        );
-        match status.as_str() {
-            "running" if over => return Ok(()),
-            // It is about to go on by itself, or to end.
-            "running" | "finish-migrate" => {}
-            _ => match qmp.cont() {
-                Ok(()) => {}
-                Err(error) => tracing::debug!("not yet: {error}"),
-            },
-        }
-        if Instant::now() > deadline {
-            return Err(ApiError::new("qemu-slow", format!("QEMU stays {status}")));
-        }
-        std::thread::sleep(Duration::from_millis(1));
     }
 }

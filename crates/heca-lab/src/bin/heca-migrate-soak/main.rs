@@ -74,9 +74,11 @@ struct Summary {
     modes: BTreeMap<String, usize>,
     faults_injected: usize,
     faults: BTreeMap<String, usize>,
+    /// Of the faults, those that came before the move was over.
+    faults_amid_move: usize,
     wrong_bytes: u64,
     guest_alive: bool,
-    /// Beats of a QEMU after those of its successor.
+    /// No beat of a QEMU came after one of its successor.
     at_most_one_running: bool,
     verified_bytes: u64,
     beats: usize,
@@ -115,7 +117,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<Summary> {
     let begun = Instant::now();
     let mut summary = Summary {
         seed,
-        qemu: arguments.qemu.as_ref().map_or_else(String::new, |q| q.display().to_string()),
+        qemu: qemu_version(arguments)?,
         tls: !arguments.plain,
         ..Summary::default()
     };
@@ -142,6 +144,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<Summary> {
                 break;
             }
         }
+    }
+    if summary.problem.is_none()
+        && let Err(error) = rig.wait_for_work()
+    {
+        summary.problem = Some(format!("after the last move: {error:#}"));
     }
     gaps.sort_by(f64::total_cmp);
     summary.quiet_gap_max_ms = gaps.last().copied().unwrap_or(0.0);
@@ -170,9 +177,22 @@ fn verdict(summary: &Summary) -> Option<String> {
         ensure!(summary.guest_alive, "the guest does not beat");
         ensure!(summary.at_most_one_running, "two hosts ran the guest at once");
         ensure!(summary.verified_bytes > 0, "the guest verified nothing");
+        let missed = summary.faults_injected > 3 && summary.faults_amid_move == 0;
+        ensure!(!missed, "every fault came after its move");
         Ok(())
     };
     check().err().map(|error| error.to_string())
+}
+
+/// What QEMU says of itself.
+fn qemu_version(arguments: &Arguments) -> anyhow::Result<String> {
+    let program = arguments
+        .qemu
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(format!("qemu-system-{}", std::env::consts::ARCH)));
+    let output = std::process::Command::new(&program).arg("--version").output();
+    let output = output.with_context(|| format!("start {}", program.display()))?;
+    Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned())
 }
 
 /// One move, with a fault or without. Returns the longest pause of the guest, in milliseconds.
@@ -189,17 +209,19 @@ fn one(
     // Some take longer, so that more faults come while pages are copied, or follow.
     let slow = fault.is_some() && random.below(2) == 0;
     rig.begin(mode, if slow { &["--bandwidth", "120M"] } else { &[] })?;
+    let mut injected = fault;
     if let Some(fault) = fault {
         // At any time of the move, its end included.
         std::thread::sleep(Duration::from_millis(random.below(if slow { 900 } else { 450 })));
-        let mut done = fault;
-        // There is no QEMU that waits for the guest any more: something else then.
+        summary.faults_amid_move += usize::from(rig.is_moving()?);
+        // There is no QEMU that waits for the guest any more, or no pager: something else then.
         if !fault.inject(rig, random)? {
-            done = Fault::Sponsor;
-            done.inject(rig, random)?;
+            injected = Some(Fault::Sponsor);
+            Fault::Sponsor.inject(rig, random)?;
         }
         summary.faults_injected += 1;
-        *summary.faults.entry(done.to_string()).or_default() += 1;
+        let name = injected.map(|fault| fault.to_string()).unwrap_or_default();
+        *summary.faults.entry(name).or_default() += 1;
     }
     match rig.end(fault.is_some())? {
         Ended::Moved => summary.moved += 1,
@@ -207,11 +229,15 @@ fn one(
     }
     rig.heal()?;
     rig.wait_for_beats()?;
+    if fault.is_some() {
+        // What runs in the guest may be dead while its heartbeat is not.
+        rig.wait_for_work()?;
+    }
     rig.check()?;
     let gap = rig.longest_gap(begun);
     let done = summary.migrations;
     if fault.is_some() || done.is_multiple_of(10) || gap > 150.0 {
-        let what = fault.map_or(String::new(), |fault| format!(", {fault}"));
+        let what = injected.map_or(String::new(), |fault| format!(", {fault}"));
         eprintln!(
             "migrate-soak: {done} moves ({}{what}): {} moved, {} stayed, pause {gap:.0} ms",
             mode.join(" "),

@@ -5,16 +5,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use heca_api::{MIGRATION_PORT, MigrationInfo, VmState};
-use heca_lab::{AgentOptions, Appmembench, Heartbeat, Lab, LabPool, find_kernel, heca_binary};
+use heca_lab::{
+    Appmembench, Heartbeat, Lab, LabPool, MeasuredGuest, heca_binary, start_moving_hosts,
+};
+use heca_types::ByteSize;
 
 use crate::Arguments;
 
 const VM: &str = "guest";
 const SPONSORS: [usize; 3] = [3, 4, 5];
-/// Longest time for the guest to start.
+/// Longest time for the guest to fill its memory.
 const START: Duration = Duration::from_secs(180);
 /// Longest time for a move, a fault included.
 const MOVE: Duration = Duration::from_secs(90);
+/// Longest time until the guest tells of its work again.
+const WORK: Duration = Duration::from_secs(30);
 /// Time that a host is cut off.
 const CUT: Duration = Duration::from_secs(2);
 /// Time that an agent is away.
@@ -42,49 +47,23 @@ impl Rig {
     pub(crate) fn start(arguments: &Arguments) -> anyhow::Result<Self> {
         let mut lab = Lab::new(5)?;
         let pool = (!arguments.plain).then(|| LabPool::new(&mut lab, 5)).transpose()?;
-        for number in 1..=5 {
-            let mut options = AgentOptions {
-                identity: pool.as_ref().map(|pool| pool.identity(number)),
-                ..AgentOptions::default()
-            };
-            if SPONSORS.contains(&number) {
-                options.offer = (arguments.memory.0 * 2).to_string();
-            } else {
-                let address = format!("{}:{MIGRATION_PORT}", lab.host(number).address());
-                options.arguments = vec!["--migration-listen".to_owned(), address];
-            }
-            lab.host(number).start_agent(&options)?;
-        }
+        start_moving_hosts(&mut lab, 5, ByteSize(arguments.memory.0 * 2), pool.as_ref())?;
         let initrd = lab.dir().join("initrd");
         Appmembench::write_image(&initrd, lab.dir())?;
         let heartbeat = Heartbeat::listen(&lab.dir().join("tick.sock"))?;
         let appmembench = Appmembench::listen(&lab.dir().join("figures.sock"))?;
-        let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
-        let (kernel, initrd) = (text(&find_kernel()?), text(&initrd));
-        let (memory, local) = (arguments.memory.0.to_string(), arguments.local.0.to_string());
-        let sponsors = SPONSORS.map(|sponsor| lab.host(sponsor).sponsor());
-        let further = [heartbeat.qemu_arguments(), appmembench.qemu_arguments()].concat();
-        let mut words = vec!["vm", "run", VM, "--memory", &memory, "--local", &local];
-        words.extend(["--replicas", "2"]);
-        if pool.is_some() {
-            words.push("--encrypt");
-        }
-        let qemu = arguments.qemu.as_ref().map(std::path::absolute).transpose()?;
-        let qemu = qemu.as_deref().map(text);
-        if let Some(qemu) = &qemu {
-            words.extend(["--qemu", qemu]);
-        }
-        for sponsor in &sponsors {
-            words.extend(["--sponsor", sponsor]);
-        }
-        words.extend(["--kernel", &kernel, "--initrd", &initrd, "--append"]);
-        words.push("console=ttyS0 quiet panic=-1 rcupdate.rcu_cpu_stall_suppress=1");
-        words.push("--");
-        words.extend(further.iter().map(String::as_str));
-        lab.host(1).heca_ok(&words)?;
+        let guest = MeasuredGuest {
+            name: VM,
+            memory: arguments.memory,
+            local: arguments.local,
+            sponsors: &SPONSORS,
+            encrypt: pool.is_some(),
+            qemu: arguments.qemu.as_deref(),
+            initrd: &initrd,
+        };
+        guest.start(&mut lab, 1, &heartbeat, &appmembench)?;
         let rig =
             Self { heartbeat, appmembench, at: 1, command: None, cut: None, _pool: pool, lab };
-        rig.appmembench.wait_up(START)?;
         let working_set = arguments.working_set.0 >> 10;
         let load = format!("--working-set {working_set}K --rate {}", arguments.rate);
         rig.appmembench.start(&load, START)?;
@@ -236,10 +215,20 @@ impl Rig {
     }
 
     pub(crate) fn verified_bytes(&self) -> u64 {
-        let lines = self.appmembench.lines();
-        let pages =
-            |line: &heca_lab::Line| line.figures.verified_pages + line.figures.scrubbed_pages;
-        lines.last().map_or(0, pages) * 4096
+        self.appmembench.verified_bytes()
+    }
+
+    /// Waits until the guest has verified some of its memory since now.
+    pub(crate) fn wait_for_work(&self) -> anyhow::Result<()> {
+        self.appmembench.wait_line(WORK)
+    }
+
+    /// Whether the command that moves the guest is still at it.
+    pub(crate) fn is_moving(&mut self) -> anyhow::Result<bool> {
+        match &mut self.command {
+            Some(command) => Ok(command.try_wait()?.is_none()),
+            None => Ok(false),
+        }
     }
 
     /// The ends of all logs.

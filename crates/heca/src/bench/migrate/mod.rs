@@ -57,6 +57,10 @@ pub struct MigrateArguments {
     /// QEMU program; the QEMU 10 that `make deps` unpacks by default.
     #[arg(long, value_name = "FILE")]
     pub qemu: Option<PathBuf>,
+    /// Downtime that QEMU's own modes are allowed, its default by default: with less, its pre-copy
+    /// stands still for less and ends at lower rates only.
+    #[arg(long, default_value = "300ms", value_name = "TIME")]
+    pub qemu_downtime: String,
     /// Rate of each host's link, in Mbit/s.
     #[arg(long, default_value_t = 5000, value_name = "MBIT")]
     pub link_mbit: u32,
@@ -174,17 +178,19 @@ pub(super) fn run(arguments: &MigrateArguments) -> anyhow::Result<()> {
     heca_lab::catch_signals(&interrupted)?;
     let begun = Instant::now();
     let machine = super::machine();
-    let mut rig = Rig::new(plan.memory, qemu, arguments.link_mbit, interrupted)?;
+    let mut rig = Rig::new(plan.memory, qemu, arguments, interrupted)?;
     let mut results = Results::new(&plan, arguments.link_mbit, machine, version);
     let measured = measure(&plan, &mut rig, &mut results, begun);
     rig.stop_guest();
     results.wrong_bytes = rig.wrong_bytes();
+    results.verified_bytes = rig.verified_bytes();
     results.seconds = begun.elapsed().as_secs_f64();
     drop(rig);
     // What was measured before something went wrong is worth a look.
     let written = results.write(arguments.json);
     measured?;
     written?;
+    ensure!(results.verified_bytes > 0, "the guests verified nothing");
     ensure!(results.wrong_bytes == 0, "the guest read {} wrong bytes", results.wrong_bytes);
     Ok(())
 }
@@ -216,7 +222,7 @@ fn measure(
     sponsored(plan, rig, results, "half-remote", false)?;
     say("all of the memory on sponsors");
     rig.start_guest(plan.memory)?;
-    rig.load(&format!("--working-set {}K --rate 0 --scrub 0", plan.working_set.0 >> 10))?;
+    rig.load(&format!("--working-set {}K --rate 0 --scrub 4M", plan.working_set.0 >> 10))?;
     rig.shrink(ByteSize(16 << 20))?;
     sponsored(plan, rig, results, "all-remote", true)
 }
@@ -277,8 +283,9 @@ fn collect(
     load: &str,
     done: &mut Vec<(MigrationMode, Seen)>,
 ) -> anyhow::Result<()> {
-    // The guest tells once a second.
-    rig.pass(Duration::from_millis(1200))?;
+    if rig.is_alive() {
+        rig.wait_for_work()?;
+    }
     let base = done.first().map_or_else(Instant::now, |(_, seen)| seen.begun);
     let stops: Vec<Instant> = done.iter().filter_map(|(_, seen)| Some(seen.switch?.0)).collect();
     let steps = curve::steps(&rig.lines(), &stops, base);

@@ -1,7 +1,6 @@
 //! What was measured, as JSON, plots and words.
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -171,6 +170,8 @@ pub(super) struct Results {
     pub(super) reached: Vec<(String, f64)>,
     /// Bytes that guests found wrong.
     pub(super) wrong_bytes: u64,
+    /// Bytes that they verified.
+    pub(super) verified_bytes: u64,
     /// How long all took.
     pub(super) seconds: f64,
 }
@@ -179,7 +180,17 @@ impl Results {
     pub(super) fn new(plan: &Plan, link_mbit: u32, machine: Value, qemu: String) -> Self {
         let (cells, reached) = (Vec::new(), Vec::new());
         let plan = plan.clone();
-        Self { plan, link_mbit, machine, qemu, cells, reached, wrong_bytes: 0, seconds: 0.0 }
+        Self {
+            plan,
+            link_mbit,
+            machine,
+            qemu,
+            cells,
+            reached,
+            wrong_bytes: 0,
+            verified_bytes: 0,
+            seconds: 0.0,
+        }
     }
 
     /// The cell of a load and a mode, a new one if there is none.
@@ -201,7 +212,7 @@ impl Results {
         self.find(load, mode)?.gap().map(|gap| gap.median)
     }
 
-    /// Pages sent after the switch over different pages among them, all post-copies together.
+    /// Pages sent after the switch over pages that were behind at it, all post-copies together.
     fn sent_over_unique(&self) -> Option<f64> {
         let cells = self.cells.iter().filter(|cell| cell.mode == MigrationMode::Postcopy);
         let counts = cells.flat_map(Cell::reports).fold((0, 0), |(sent, unique), report| {
@@ -247,6 +258,7 @@ impl Results {
             "idle_floor_ms": floor,
             "ratios": { "heca_hybrid_over_idle_floor": over_floor },
             "wrong_bytes": self.wrong_bytes,
+            "verified_bytes": self.verified_bytes,
             "heartbeats_lost": beats(|gap| gap.lost),
             "heartbeats_doubled": beats(|gap| gap.doubled),
             "failed_runs": rows().filter(|row| row.problem.is_some()).count(),
@@ -259,8 +271,7 @@ impl Results {
 
     /// Writes `target/bench/migrate.json` and the plots, and prints JSON or a table.
     pub(super) fn write(&self, as_json: bool) -> anyhow::Result<()> {
-        let target = std::env::var_os("CARGO_TARGET_DIR");
-        let dir = target.map_or_else(|| PathBuf::from("target"), PathBuf::from).join("bench");
+        let dir = heca_lab::target_dir()?.join("bench");
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let text = serde_json::to_string_pretty(&self.to_json())?;
         fs::write(dir.join("migrate.json"), &text)?;

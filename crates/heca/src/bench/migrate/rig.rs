@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use heca_api::{MIGRATION_PORT, MigrationInfo, MigrationMode, MigrationPhase, VmState};
-use heca_lab::{AFTER_SWITCH, AgentOptions, Appmembench, Gap, Heartbeat, Lab, find_kernel};
+use heca_lab::{AFTER_SWITCH, Appmembench, Gap, Heartbeat, Lab, MeasuredGuest, start_moving_hosts};
 use heca_types::ByteSize;
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::MigrateArguments;
+
 /// Hosts that sponsor.
 const SPONSORS: [usize; 2] = [3, 4];
-/// Longest time for a guest to start, or to fill its memory.
+/// Longest time for the guest to fill its memory, or to become small.
 const START: Duration = Duration::from_secs(180);
 /// Longest time for a migration that is told to end to do so.
 const GRACE: Duration = Duration::from_secs(20);
@@ -53,8 +55,11 @@ pub(super) struct Rig {
     guests: usize,
     /// Bytes that the guests before found wrong.
     wrong_bytes: u64,
+    /// Bytes that they verified.
+    verified_bytes: u64,
     memory: ByteSize,
     qemu: PathBuf,
+    qemu_downtime: String,
     initrd: PathBuf,
     interrupted: Arc<AtomicBool>,
     /// After the rest, so that it goes last.
@@ -65,25 +70,28 @@ impl Rig {
     pub(super) fn new(
         memory: ByteSize,
         qemu: PathBuf,
-        link_mbit: u32,
+        arguments: &MigrateArguments,
         interrupted: Arc<AtomicBool>,
     ) -> anyhow::Result<Self> {
         let mut lab = Lab::new(4)?;
         for number in 1..=4 {
-            lab.set_rate(number, Some(link_mbit))?;
-            let mut options = AgentOptions::default();
-            if SPONSORS.contains(&number) {
-                options.offer = (memory.0 * 2).to_string();
-            } else {
-                let address = format!("{}:{MIGRATION_PORT}", lab.host(number).address());
-                options.arguments = vec!["--migration-listen".to_owned(), address];
-            }
-            lab.host(number).start_agent(&options)?;
+            lab.set_rate(number, Some(arguments.link_mbit))?;
         }
+        start_moving_hosts(&mut lab, 4, ByteSize(memory.0 * 2), None)?;
         let initrd = lab.dir().join("initrd");
         Appmembench::write_image(&initrd, lab.dir())?;
-        let (guest, guests, wrong_bytes) = (None, 0, 0);
-        Ok(Self { guest, guests, wrong_bytes, memory, qemu, initrd, interrupted, lab })
+        Ok(Self {
+            guest: None,
+            guests: 0,
+            wrong_bytes: 0,
+            verified_bytes: 0,
+            memory,
+            qemu,
+            qemu_downtime: arguments.qemu_downtime.clone(),
+            initrd,
+            interrupted,
+            lab,
+        })
     }
 
     /// Lets time pass.
@@ -115,30 +123,25 @@ impl Rig {
             heartbeat: Heartbeat::listen(&socket("tick"))?,
             appmembench: Appmembench::listen(&socket("figures"))?,
         };
-        let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
-        let (kernel, initrd, qemu) = (text(&find_kernel()?), text(&self.initrd), text(&self.qemu));
-        let (memory, local) = (self.memory.0.to_string(), local.0.to_string());
-        let sponsors = SPONSORS.map(|sponsor| self.lab.host(sponsor).sponsor());
-        let further =
-            [guest.heartbeat.qemu_arguments(), guest.appmembench.qemu_arguments()].concat();
-        let mut arguments = vec!["vm", "run", &guest.name, "--memory", &memory, "--local", &local];
-        arguments.extend(["--replicas", "2", "--qemu", &qemu]);
-        for sponsor in &sponsors {
-            arguments.extend(["--sponsor", sponsor]);
-        }
-        arguments.extend(["--kernel", &kernel, "--initrd", &initrd, "--append"]);
-        arguments.push("console=ttyS0 quiet panic=-1 rcupdate.rcu_cpu_stall_suppress=1");
-        arguments.push("--");
-        arguments.extend(further.iter().map(String::as_str));
-        self.lab.host(guest.at).heca_ok(&arguments)?;
-        let guest = self.guest.insert(guest);
-        guest.appmembench.wait_up(START)
+        let start = MeasuredGuest {
+            name: &guest.name,
+            memory: self.memory,
+            local,
+            sponsors: &SPONSORS,
+            encrypt: false,
+            qemu: Some(&self.qemu),
+            initrd: &self.initrd,
+        };
+        start.start(&mut self.lab, guest.at, &guest.heartbeat, &guest.appmembench)?;
+        self.guest = Some(guest);
+        Ok(())
     }
 
     /// Ends the guest, wherever it is.
     pub(super) fn stop_guest(&mut self) {
         let Some(guest) = self.guest.take() else { return };
         self.wrong_bytes += guest.appmembench.wrong_bytes();
+        self.verified_bytes += guest.appmembench.verified_bytes();
         for host in [1, 2] {
             if self.lab.host(host).vm(&guest.name).is_ok() {
                 let _ = self.lab.host(host).heca(&["vm", "stop", &guest.name, "--now"]);
@@ -160,6 +163,22 @@ impl Rig {
     pub(super) fn wrong_bytes(&self) -> u64 {
         let now = self.guest.as_ref().map_or(0, |guest| guest.appmembench.wrong_bytes());
         self.wrong_bytes + now
+    }
+
+    /// Bytes that guests verified that are gone.
+    pub(super) fn verified_bytes(&self) -> u64 {
+        self.verified_bytes
+    }
+
+    /// Waits until the guest tells of a second of work that began after now: its program may be dead
+    /// while its heartbeat is not.
+    pub(super) fn wait_for_work(&self) -> anyhow::Result<()> {
+        let now = Instant::now();
+        while self.lines().iter().filter(|line| line.at > now).count() < 2 {
+            ensure!(now.elapsed() < GRACE, "the guest beats, but its program tells nothing");
+            self.pass(Duration::from_millis(50))?;
+        }
+        Ok(())
     }
 
     /// Whether the guest beats.
@@ -200,8 +219,7 @@ impl Rig {
         let mut command = self.lab.host(at).command(&heca_lab::heca_binary()?);
         command.args(["vm", "migrate", &name, "--to", &to, "--mode", mode.name(), "--json"]);
         if mode.is_qemu() {
-            // Its own default, which it plans with; with less it would not end at high rates.
-            command.args(["--max-downtime", "300ms"]);
+            command.args(["--max-downtime", &self.qemu_downtime]);
         }
         if safe {
             command.arg("--safe");
