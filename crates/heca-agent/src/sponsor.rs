@@ -355,7 +355,7 @@ impl Connection<'_> {
                 header.reply(Kind::RenewAck, Status::Ok).encode_empty(&mut self.reply);
             }),
             (Kind::Close, _) if self.role == Role::Control => {
-                self.store.close_region(header.region, header.epoch).map(|()| {
+                self.store.close_region(header.region, header.epoch, self.owner).map(|()| {
                     header.reply(Kind::CloseAck, Status::Ok).encode_empty(&mut self.reply);
                 })
             }

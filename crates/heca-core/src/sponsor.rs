@@ -309,12 +309,18 @@ impl Sponsor {
         Ok(Released::Kept(region))
     }
 
-    /// Gives up a region.
+    /// Gives up a region. An owner that only visits it names its epoch, too: so the epoch alone is
+    /// not enough.
     ///
     /// # Errors
-    /// As [`Self::check`].
-    pub fn close(&mut self, id: RegionId, epoch: Epoch) -> Result<(), Refusal> {
-        self.check(id, epoch)?;
+    /// As [`Self::check`]; another owner.
+    pub fn close(&mut self, id: RegionId, epoch: Epoch, owner: OwnerId) -> Result<(), Refusal> {
+        if self.check(id, epoch)?.owner != owner {
+            return refuse(
+                Status::OwnerMismatch,
+                format!("region {id} belongs to another owner; only that one can close it"),
+            );
+        }
         self.remove(id);
         Ok(())
     }

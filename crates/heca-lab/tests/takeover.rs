@@ -91,12 +91,16 @@ impl Rig {
         self.source_pager.post("/v1/export/switch", &json!({}))
     }
 
-    fn commit(&self) {
+    fn await_switch(&self) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while self.target_pager.get::<ImportInfo>("/v1/import").behind_pages.is_none() {
             assert!(Instant::now() < deadline, "the target does not hear of the switch");
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    fn commit(&self) {
+        self.await_switch();
         let () = self.target_pager.post("/v1/import/commit", &json!({}));
     }
 
@@ -228,7 +232,7 @@ fn what_is_flushed_needs_no_source() {
 
 #[test]
 fn an_aborted_handover_leaves_the_source_as_it_was() {
-    for switched in [false, true] {
+    for (switched, pager_first) in [(false, true), (true, true), (false, false), (true, false)] {
         let mut rig = Rig::new("aborted", EvictionChoice::Auto, ByteSize(16 << 20));
         assert_eq!(rig.source.hammer(700, 1)["wrong"], 0);
         rig.begin();
@@ -236,8 +240,17 @@ fn an_aborted_handover_leaves_the_source_as_it_was() {
         if switched {
             rig.drain();
             rig.switch();
+            rig.await_switch();
         }
-        rig.target_pager.kill();
+        let regions = rig.bench.regions();
+        if pager_first {
+            rig.target_pager.kill();
+        } else {
+            // Its pager gives back what is its own, and the region is not.
+            rig.target.child.kill().unwrap();
+            rig.target_pager.wait();
+        }
+        assert_eq!((regions, rig.bench.regions()), (2, 2));
         let () = rig.source_pager.post("/v1/export/abort", &json!({}));
         assert_eq!(rig.source.hammer(1500, 2)["wrong"], 0);
         let stats: PagerStats = rig.source_pager.get("/v1/stats");

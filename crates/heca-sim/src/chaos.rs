@@ -6,8 +6,8 @@ use heca_types::{Epoch, PageVersion};
 
 use crate::history::What;
 use crate::network::{
-    CONTROL, EPOCH_FIRST, Node, PULLS, PullStart, Request, Stored, WRITEBACK, open_request, region,
-    region_id,
+    CONTROL, EPOCH_FIRST, Node, PULLS, PullStart, Request, Stored, WRITEBACK, open_request, owner,
+    region, region_id,
 };
 use crate::oracle::Check;
 use crate::params::{BUDGET_MAX, BUDGET_MIN, SPONSORS_DRAWN_MAX};
@@ -237,7 +237,7 @@ impl World {
             }
             for number in 0..OTHER_REGIONS as u8 {
                 // A region that is not there is refused, which is as good.
-                let _ = node.machine.close(region_id(2 + number), EPOCH_FIRST);
+                let _ = node.machine.close(region_id(2 + number), EPOCH_FIRST, owner(2 + number));
             }
         }
         for sponsor in 0..self.nodes.len() {
@@ -463,7 +463,7 @@ impl World {
             ("a close", false),
         ];
         done[5].1 = node.release(self.tick, old, page.extent(), &self.params.slots).is_ok();
-        done[6].1 = node.machine.close(region_id(1), old).is_ok();
+        done[6].1 = node.machine.close(region_id(1), old, owner(1)).is_ok();
         let takeover = node.epoch > EPOCH_FIRST;
         self.note(page, What::Zombie { sponsor: sponsor as u8 });
         for (what, done) in done {
@@ -486,7 +486,7 @@ impl World {
         let machine = &mut self.nodes[sponsor].machine;
         if self.rng.one_in(4) {
             // A region that is not there is refused, which is as good.
-            let _ = machine.close(region_id(number), EPOCH_FIRST);
+            let _ = machine.close(region_id(number), EPOCH_FIRST, owner(number));
         } else {
             let mut request = open_request(number, EPOCH_FIRST, self.rng.below(400) as u64);
             request.lease_ms = LEASE_MS_MIN;

@@ -117,11 +117,15 @@ pub(crate) fn region() -> RegionId {
     region_id(1)
 }
 
+pub(crate) fn owner(number: u8) -> OwnerId {
+    OwnerId::from_bytes([number; 16])
+}
+
 pub(crate) fn open_request(number: u8, epoch: Epoch, quota_pages: u64) -> OpenRequest {
     OpenRequest {
         region: region_id(number),
         epoch,
-        owner: OwnerId::from_bytes([number; 16]),
+        owner: owner(number),
         quota_bytes: quota_pages * PAGE_BYTES as u64,
         lease_ms: LEASE_MS_MAX,
         extents: Vec::new(),
@@ -201,7 +205,7 @@ impl Node {
     ) -> Result<(), Refusal> {
         self.machine.check(region(), epoch)?;
         let rest: Vec<_> = self.extents().iter().copied().filter(|&e| e != extent).collect();
-        self.machine.close(region(), epoch)?;
+        self.machine.close(region(), epoch, owner(1))?;
         self.open(now_ms, epoch, &rest, slots)?;
         for (slot, &page) in slots.iter().enumerate() {
             if PageIndex(page).extent() == extent {

@@ -474,8 +474,12 @@ impl Remote {
         self.0.fenced.load(Ordering::SeqCst)
     }
 
-    /// Gives up the region on every sponsor that can be reached.
+    /// Gives up the region on every sponsor that can be reached; not one that is still another
+    /// owner's.
     pub(super) fn close_regions(&self, controls: Vec<Option<Link>>) {
+        if self.is_visiting() {
+            return;
+        }
         let config = &self.0.config;
         for (peer, control) in self.peers().iter().zip(controls) {
             let connected = match control {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use heca_core::sponsor::{OpenRequest, Refusal, Region, ReleaseRequest, Released};
-use heca_types::{Epoch, ExtentIndex, RegionId, Status};
+use heca_types::{Epoch, ExtentIndex, OwnerId, RegionId, Status};
 
 use super::format::{FORMAT, RegionFile, SLOT_META_BYTES, decode_region_file};
 use super::region::{Slots, StoredRegion};
@@ -132,7 +132,7 @@ impl Store {
             Ok(stored) => stored,
             Err(error) => {
                 if known.is_none() {
-                    let _ = lock(&self.sponsor).close(id, request.epoch);
+                    let _ = lock(&self.sponsor).close(id, request.epoch, request.owner);
                     self.delete_files(id);
                 }
                 return Err(store_failed("write a region's files", &error));
@@ -219,10 +219,10 @@ impl Store {
     /// Gives up a region and frees its memory.
     ///
     /// # Errors
-    /// See [`Sponsor::check`](heca_core::sponsor::Sponsor::check).
-    pub fn close_region(&self, id: RegionId, epoch: Epoch) -> Result<(), Refusal> {
+    /// See [`Sponsor::close`](heca_core::sponsor::Sponsor::close).
+    pub fn close_region(&self, id: RegionId, epoch: Epoch, owner: OwnerId) -> Result<(), Refusal> {
         let _serial = lock(&self.lifecycle);
-        lock(&self.sponsor).close(id, epoch)?;
+        lock(&self.sponsor).close(id, epoch, owner)?;
         self.end(id);
         Ok(())
     }

@@ -63,10 +63,10 @@ impl VmManager {
             if expected || unfinished {
                 // The agent ended while it started this VM, or while it was about to come: the guest
                 // has not run here yet.
-                qemu.kill();
                 if let Some(pager) = &pager {
                     pager.kill();
                 }
+                qemu.kill();
                 vm.clean_up_runtime();
                 let _ = fs::remove_dir_all(&dir);
                 continue;

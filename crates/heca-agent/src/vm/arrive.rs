@@ -482,12 +482,13 @@ impl VmManager {
 
     fn remove_arrival(&self, arrival: &Arrival) {
         let vm = &arrival.vm;
-        // Whoever waits for QEMU lets go of it when it is gone.
+        // Whoever waits for QEMU lets go of it when it is gone. The pager is first: what it would
+        // give back in the end is not this host's.
         if let Some(running) = &*lock(&vm.running) {
-            running.qemu.kill();
             if let Some(pager) = &running.pager {
                 pager.kill();
             }
+            running.qemu.kill();
         }
         vm.kill_all();
         *lock(&vm.state) = VmState::Stopped;

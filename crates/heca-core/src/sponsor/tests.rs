@@ -60,7 +60,7 @@ fn a_release_lowers_the_quota_and_closes_with_the_last_extent() {
 }
 
 #[test]
-fn only_the_owner_releases_and_only_under_its_epoch() {
+fn only_the_owner_releases_and_closes_and_only_under_its_epoch() {
     let mut sponsor = Sponsor::new(OFFER);
     sponsor.open(0, &open(1, 5, 1, &[0, 1], EXTENT_BYTES)).expect("room");
     for epoch in [4, 6] {
@@ -69,7 +69,10 @@ fn only_the_owner_releases_and_only_under_its_epoch() {
     }
     assert_eq!(status(sponsor.release(0, &release(1, 5, 2, &[0], 0))), Status::OwnerMismatch);
     assert_eq!(status(sponsor.release(0, &release(2, 5, 1, &[0], 0))), Status::UnknownRegion);
+    assert_eq!(status(sponsor.close(id(1), Epoch(5), owner(2))), Status::OwnerMismatch);
+    assert_eq!(status(sponsor.close(id(1), Epoch(4), owner(1))), Status::StaleEpoch);
     assert_eq!(sponsor.region(id(1)).expect("held").extents.len(), 2);
+    sponsor.close(id(1), Epoch(5), owner(1)).expect("its own");
 }
 
 #[test]
@@ -93,7 +96,7 @@ fn a_sponsor_that_accepts_nothing_new_lets_owners_come_back() {
 enum Step {
     Open { region: u8, epoch: u64, by: u8, extents: Vec<u32>, quota: u64 },
     Release { region: u8, epoch: u64, by: u8, extents: Vec<u32>, quota: u64 },
-    Close { region: u8, epoch: u64 },
+    Close { region: u8, epoch: u64, by: u8 },
     Claim { region: u8, epoch: u64 },
     Wait { ms: u64 },
     Accept { yes: bool },
@@ -114,7 +117,8 @@ fn steps() -> impl Strategy<Value = Step> {
             .prop_map(|(region, epoch, by, extents, quota)| {
                 Step::Release { region, epoch, by, extents, quota }
             }),
-        1 => (region.clone(), epoch.clone()).prop_map(|(region, epoch)| Step::Close { region, epoch }),
+        1 => (region.clone(), epoch.clone(), 0u8..2)
+            .prop_map(|(region, epoch, by)| Step::Close { region, epoch, by }),
         2 => (region, epoch).prop_map(|(region, epoch)| Step::Claim { region, epoch }),
         1 => (0u64..40_000).prop_map(|ms| Step::Wait { ms }),
         1 => any::<bool>().prop_map(|yes| Step::Accept { yes }),
@@ -136,7 +140,9 @@ proptest! {
                 Step::Release { region, epoch, by, extents, quota } => {
                     sponsor.release(now_ms, &release(region, epoch, by, &extents, quota)).is_err()
                 }
-                Step::Close { region, epoch } => sponsor.close(id(region), Epoch(epoch)).is_err(),
+                Step::Close { region, epoch, by } => {
+                    sponsor.close(id(region), Epoch(epoch), owner(by)).is_err()
+                }
                 Step::Claim { region, epoch } => {
                     sponsor.claim_page(id(region), Epoch(epoch)).is_err()
                 }

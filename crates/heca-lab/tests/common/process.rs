@@ -44,6 +44,11 @@ impl PagerProcess {
         self.child.wait().unwrap();
     }
 
+    /// Waits for it to end by itself.
+    pub fn wait(&mut self) {
+        self.child.wait().unwrap();
+    }
+
     pub fn stats(&self) -> PagerStats {
         self.get("/v1/stats")
     }
