@@ -71,6 +71,13 @@ struct Record {
     handover: Option<Handover>,
 }
 
+impl Record {
+    /// Whether another host may still want memory of the VM, and runs it, as far as is known.
+    fn leaves_memory(&self) -> bool {
+        self.handover.as_ref().is_some_and(|handover| handover.pager.is_some())
+    }
+}
+
 #[derive(Debug)]
 struct Running {
     qemu: Arc<Process>,

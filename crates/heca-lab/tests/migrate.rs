@@ -10,6 +10,7 @@ use heca_lab::{
     Console, GuestImage, Lab, LabPool, find_kernel, find_qemu10, heca_binary, start_moving_hosts,
 };
 use heca_types::ByteSize;
+use heca_vmm::qmp::Qmp;
 
 static SERIAL: Mutex<()> = Mutex::new(());
 
@@ -291,7 +292,15 @@ fn after_the_switch_every_failure_is_waited_out() {
     let mut rig = Rig::new(None);
     rig.start("256M");
     let (mut from, mut to) = (1, 2);
-    for trouble in ["target-pager", "source-pager", "link", "source-agent", "target-agent"] {
+    for trouble in [
+        "target-pager",
+        "source-pager",
+        "source-qemu",
+        "link",
+        "source-agent",
+        "source-agent-and-qemu",
+        "target-agent",
+    ] {
         rig.begin(from, to, &["--mode", "postcopy", "--bandwidth", "20M"]);
         let following = |info: &MigrationInfo| {
             info.phase == MigrationPhase::Following && info.report.pages_sent_after > 500
@@ -300,6 +309,13 @@ fn after_the_switch_every_failure_is_waited_out() {
         match trouble {
             "target-pager" => kill(rig.vm(to).pager_pid),
             "source-pager" => kill(rig.vm(from).pager_pid),
+            "source-qemu" => kill(rig.vm(from).qemu_pid),
+            "source-agent-and-qemu" => {
+                let qemu = rig.vm(from).qemu_pid;
+                rig.lab.host(from).kill_agent();
+                kill(qemu);
+                rig.lab.host(from).restart_agent().unwrap();
+            }
             "link" => {
                 rig.lab.set_link(from, false).unwrap();
                 std::thread::sleep(Duration::from_secs(2));
@@ -323,6 +339,25 @@ fn after_the_switch_every_failure_is_waited_out() {
         assert!(rig.lab.host(from).vm("g").is_err(), "{trouble}: the VM is left behind");
         (from, to) = (to, from);
     }
+}
+
+#[test]
+fn a_guest_that_is_held_when_its_agent_ends_goes_on_under_the_next_one() {
+    let mut rig = Rig::new(None);
+    rig.start("128M");
+    let socket = rig.lab.host(1).run_dir().join("vms/g/qmp.sock");
+    let qemu = rig.vm(1).qemu_pid.unwrap();
+    rig.lab.host(1).kill_agent();
+    // As amid a move; and QEMU does not answer for longer than a first attempt lasts.
+    Qmp::connect(&socket, Duration::from_secs(5)).unwrap().stop().unwrap();
+    let pid = rustix::process::Pid::from_raw(qemu).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    rig.lab.host(1).restart_agent().unwrap();
+    std::thread::sleep(Duration::from_secs(12));
+    assert!(rig.vm(1).problem.is_some_and(|problem| problem.contains("does not go on")));
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    rig.wait_for_reports(1, 3);
+    assert_eq!(rig.vm(1).problem, None);
 }
 
 #[test]

@@ -231,6 +231,35 @@ fn what_is_flushed_needs_no_source() {
 }
 
 #[test]
+fn a_sponsor_that_lost_the_region_is_seen_by_the_next_owner() {
+    let mut rig = Rig::new("lost", EvictionChoice::Auto, ByteSize(16 << 20));
+    rig.write(0, PAGES);
+    rig.begin();
+    rig.switch();
+    rig.await_switch();
+    let region = rig.source_pager.config.region;
+    let sponsor = rig.bench.sponsors[0].as_ref().unwrap();
+    sponsor.store().close_region(region, Epoch(1), rig.source_pager.config.owner).unwrap();
+    rig.commit();
+    rig.release();
+    rig.finish();
+    // It gets them again, from the other one, which may die then.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let stats: PagerStats = rig.target_pager.get("/v1/stats");
+        if stats.counters.rebuilt_pages > 0 && stats.gauges.degraded_extents == 0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{stats:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    rig.bench.sponsors[1] = None;
+    rig.verify(0, PAGES, true);
+    let stats: PagerStats = rig.target_pager.get("/v1/stats");
+    assert_eq!(stats.gauges.poisoned_pages, 0, "{stats:?}");
+}
+
+#[test]
 fn an_aborted_handover_leaves_the_source_as_it_was() {
     for (switched, pager_first) in [(false, true), (true, true), (false, false), (true, false)] {
         let mut rig = Rig::new("aborted", EvictionChoice::Auto, ByteSize(16 << 20));

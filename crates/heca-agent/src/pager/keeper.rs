@@ -124,6 +124,12 @@ impl Keeper {
             Some(Command::TakeOver(told)) => {
                 let peer = self.remote.peer(self.position);
                 let opened = self.remote.open_region(&mut link, &peer);
+                // As one that is back without its pages, before the guest may read any.
+                if opened.as_ref().is_ok_and(|&stored| peer.lost_pages(stored)) {
+                    self.lose("it lost the pages it held".to_owned());
+                    let _ = told.send(self.position);
+                    return;
+                }
                 let _ = told.send(self.position);
                 opened.map(|_| ())
             }

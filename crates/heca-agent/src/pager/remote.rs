@@ -131,6 +131,12 @@ impl Peer {
         Epoch(self.epoch.load(Ordering::SeqCst))
     }
 
+    /// Whether a sponsor that has so many pages of ours lost what it held.
+    pub(super) fn lost_pages(&self, stored_pages: u64) -> bool {
+        let expected = self.expects_pages.load(Ordering::Relaxed);
+        stored_pages == 0 && expected && !lock(&self.extents).is_empty()
+    }
+
     /// Whether the sponsor was told that it need not hold the extent: what is refused of that one
     /// was under way meanwhile.
     pub(super) fn gave_up(&self, extent: ExtentIndex) -> bool {
@@ -303,10 +309,12 @@ impl Remote {
         }
     }
 
-    /// What the sponsors hold, as the former owner knew it when it handed the region over.
-    pub(super) fn set_extents(&self, layout: &Layout) {
+    /// What the sponsors hold, as the former owner knew it when it handed the region over, and
+    /// which of them have pages, one bit each.
+    pub(super) fn set_extents(&self, layout: &Layout, stored: u64) {
         for (position, peer) in self.peers().iter().enumerate() {
             *lock(&peer.extents) = layout.extents_of(position as u8).collect();
+            peer.expects_pages.store(stored >> position & 1 == 1, Ordering::Relaxed);
         }
     }
 
@@ -357,9 +365,8 @@ impl Remote {
             write_back: connect(Role::WriteBack)?.0,
         };
         let new_store = lock(&peer.store).is_some_and(|known| known != hello.store);
-        let expected = peer.expects_pages.load(Ordering::Relaxed);
         let holds_some = !lock(&peer.extents).is_empty();
-        let emptied = holds_some && (new_store || (stored_pages == 0 && expected));
+        let emptied = (holds_some && new_store) || peer.lost_pages(stored_pages);
         Ok(((control, lanes), emptied, hello.store))
     }
 

@@ -281,7 +281,8 @@ impl Prepared {
     pub(super) fn run(mut self, incoming: Incoming) -> Result<PagerHandle, ApiError> {
         self.setup.core = self.core;
         let remote_fd = self.attached.remote_fd;
-        self.setup.remote.set_extents(self.setup.core.layout());
+        let stored = self.journal.number(STORED);
+        self.setup.remote.set_extents(self.setup.core.layout(), stored);
         let stopped = self.attached.stopped;
         let mut handle = run(self.setup, &self.uffd, stopped, self.lanes, Some(incoming))?;
         handle.remote_fd = remote_fd;

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use heca_api::{ApiError, MigrationMode, VmState};
-use heca_vmm::qmp::Qmp;
 use serde_json::json;
 
 use super::arrive::call;
 use super::process::Process;
 use super::watch::watch;
-use super::{QMP_TIMEOUT, Record, Running, Vm, VmManager, lock, qemu};
+use super::{Record, Running, Vm, VmManager, lock};
 
 impl VmManager {
     /// Takes them back, and cleans up after those that ended.
@@ -46,6 +45,10 @@ impl VmManager {
             let pager = pager.map(Arc::new);
             let qemu = match Process::adopt(record.qemu.0, record.qemu.1) {
                 Ok(Some(qemu)) => qemu,
+                // What its next host lacks is in the RAM file.
+                Ok(None) if record.leaves_memory() && vm.ram_file.exists() => {
+                    Process::ended(record.qemu.0)
+                }
                 Ok(None) => {
                     vm.clean_up_runtime();
                     let _ = fs::remove_dir_all(&dir);
@@ -77,7 +80,6 @@ impl VmManager {
             // One whose pager is gone gets a new one at once, from who watches it.
             let served = pager.is_some() || record.pager.is_none();
             *lock(&vm.state) = if served { VmState::Running } else { VmState::PagerLost };
-            *lock(&vm.qmp) = Qmp::connect(&vm.paths().qmp_socket, QMP_TIMEOUT).ok();
             *lock(&vm.running) = Some(Running { qemu: Arc::new(qemu), pager });
             if record.handover.is_some() {
                 *lock(&vm.state) = VmState::Leaving;
@@ -121,11 +123,10 @@ impl VmManager {
                 let _ = vm.change_record(|record| record.incoming = None);
             }
             let _ = tell("/v1/export/abort");
-            if let Some(qmp) = lock(&vm.qmp).as_mut()
-                && let Err(error) = qemu::resume(qmp, quick)
-            {
-                *lock(&vm.problem) = Some(format!("the guest does not go on: {error}"));
+            if !vm.resume() {
+                return;
             }
+            *lock(&vm.problem) = None;
             if has_no_pager && let Some(mode) = arrived {
                 manager.page_arrival(&vm, mode, &name);
             }

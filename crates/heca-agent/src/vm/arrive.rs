@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use super::launch::{connect_qmp, spec_of, start_pager, start_qemu};
 use super::process::identity;
+use super::qemu::failed;
 use super::watch::{replace_pager, watch};
 use super::{Record, Running, Vm, VmManager, create_private, io_error, lock};
 use crate::migrate::{Prepare, Prepared, boot_id};
@@ -434,16 +435,23 @@ impl VmManager {
         tracing::info!(vm = name, "the VM runs here now");
     }
 
-    fn resume_guest(&self, vm: &Vm, name: &str) {
-        let mut qmp = lock(&vm.qmp);
-        let Some(qmp) = qmp.as_mut() else { return };
-        if let Err(error) = qmp.cont() {
-            tracing::error!(vm = name, "the guest does not go on: {error}");
-            *lock(&vm.problem) = Some(format!("the guest does not go on: {error}"));
+    fn resume_guest(&self, vm: &Arc<Vm>, name: &str) {
+        let gone_on = vm.with_qmp(|qmp| {
+            qmp.cont().map_err(|error| failed(&error))?;
+            // Switches and neighbours learn where the guest is now.
+            let announce = json!({ "initial": 10, "max": 200, "rounds": 5, "step": 50 });
+            let _ = qmp.execute("announce-self", announce);
+            Ok(())
+        });
+        if let Err(error) = gone_on {
+            tracing::error!(vm = name, "the guest does not go on yet: {error}");
+            let vm = vm.clone();
+            std::thread::spawn(move || {
+                if vm.resume() {
+                    *lock(&vm.problem) = None;
+                }
+            });
         }
-        // Switches and neighbours learn where the guest is now.
-        let announce = json!({ "initial": 10, "max": 200, "rounds": 5, "step": 50 });
-        let _ = qmp.execute("announce-self", announce);
     }
 
     /// A guest whose memory QEMU moved gets its pager now; where memory still follows, once it is
@@ -453,9 +461,10 @@ impl VmManager {
         let (name, postcopy) = (name.to_owned(), mode.is_postcopy());
         let work = move || {
             let still_follows = || {
-                let mut qmp = lock(&vm.qmp);
-                let found = qmp.as_mut().and_then(|q| q.execute("query-migrate", Value::Null).ok());
-                found.is_some_and(|found| found["status"] == "postcopy-active")
+                let found = vm.with_qmp(|qmp| {
+                    qmp.execute("query-migrate", Value::Null).map_err(|error| failed(&error))
+                });
+                found.is_ok_and(|found| found["status"] == "postcopy-active")
             };
             while postcopy && still_follows() {
                 std::thread::sleep(Duration::from_millis(20));

@@ -23,7 +23,8 @@ pub(super) fn wait_any(processes: &[&Process], timeout: Duration) {
     };
     let mut fds: Vec<_> = processes
         .iter()
-        .map(|process| PollFd::from_borrowed_fd(process.pidfd.as_fd(), PollFlags::IN))
+        .filter_map(|process| process.pidfd.as_ref())
+        .map(|pidfd| PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN))
         .collect();
     let _ = poll(&mut fds, Some(&timeout));
 }
@@ -32,7 +33,8 @@ pub(super) fn wait_any(processes: &[&Process], timeout: Duration) {
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) pid: i32,
-    pidfd: OwnedFd,
+    /// None of one that had ended when this agent began.
+    pidfd: Option<OwnedFd>,
     child: Mutex<Option<Child>>,
 }
 
@@ -44,7 +46,7 @@ impl Process {
             let _ = child.kill();
             let _ = child.wait();
         })?;
-        Ok(Self { pid, pidfd, child: Mutex::new(Some(child)) })
+        Ok(Self { pid, pidfd: Some(pidfd), child: Mutex::new(Some(child)) })
     }
 
     /// The process with this number and start time; `None` if it ended.
@@ -55,7 +57,7 @@ impl Process {
         };
         match heca_sys::process::start_time(pid) {
             Some(time) if time == start_time => {
-                Ok(Some(Self { pid, pidfd, child: Mutex::new(None) }))
+                Ok(Some(Self { pid, pidfd: Some(pidfd), child: Mutex::new(None) }))
             }
             Some(_) => Ok(None),
             None if !std::path::Path::new(&format!("/proc/{pid}")).exists() => Ok(None),
@@ -65,15 +67,15 @@ impl Process {
         }
     }
 
+    /// One that has ended.
+    pub(super) fn ended(pid: i32) -> Self {
+        Self { pid, pidfd: None, child: Mutex::new(None) }
+    }
+
     /// Waits for the end of the process, at most this long.
     pub(super) fn wait(&self, timeout: Duration) -> bool {
-        use rustix::event::{PollFd, PollFlags, poll};
-        let timeout = rustix::time::Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        };
-        let mut fds = [PollFd::from_borrowed_fd(self.pidfd.as_fd(), PollFlags::IN)];
-        let ended = matches!(poll(&mut fds, Some(&timeout)), Ok(1));
+        let Some(pidfd) = &self.pidfd else { return true };
+        let ended = crate::pager::pidfd_ends(pidfd, timeout);
         if ended {
             match lock(&self.child).take() {
                 Some(mut child) => drop(child.wait()),
@@ -88,7 +90,8 @@ impl Process {
     }
 
     pub(super) fn kill(&self) {
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let Some(pidfd) = &self.pidfd else { return };
+        let _ = pidfd_send_signal(pidfd, Signal::KILL);
         self.wait(EXIT_TIMEOUT);
     }
 }

@@ -47,8 +47,10 @@ impl Vm {
     }
 
     pub(super) fn write_record(&self, record: &Record) -> Result<(), ApiError> {
-        *lock(&self.record) = Some(record.clone());
-        self.store_record(record)
+        let mut held = lock(&self.record);
+        self.store_record(record)?;
+        *held = Some(record.clone());
+        Ok(())
     }
 
     pub(super) fn store_record(&self, record: &Record) -> Result<(), ApiError> {
@@ -59,11 +61,14 @@ impl Vm {
             .map_err(|error| io_error("write", &path, &error))
     }
 
+    /// Changes what is written down about the VM; what could not be written has not changed.
     pub(super) fn change_record(&self, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
-        let mut record = lock(&self.record);
-        let Some(known) = &mut *record else { return Ok(()) };
-        change(known);
-        self.store_record(known)
+        let mut held = lock(&self.record);
+        let Some(mut record) = held.clone() else { return Ok(()) };
+        change(&mut record);
+        self.store_record(&record)?;
+        *held = Some(record);
+        Ok(())
     }
 
     /// Frees what only a running VM needs; logs and last figures stay.

@@ -33,9 +33,12 @@ pub(super) fn watch(vm: &Arc<Vm>) {
                 Some(pager) => wait_any(&[&qemu, pager], Duration::from_secs(5)),
                 None => wait_any(&[&qemu], LOOK),
             }
-            let handover = lock(&vm.record).as_ref().and_then(|record| record.handover.clone());
-            let is_gone = handover.as_ref().is_some_and(|h| h.state == Source::Given);
-            // What is behind is in the RAM file: it does not need QEMU.
+            let (handover, is_gone) = match &*lock(&vm.record) {
+                Some(record) => (record.handover.clone(), record.leaves_memory()),
+                None => (None, false),
+            };
+            // What is behind is in the RAM file: it does not need QEMU. Where it is not known yet
+            // whether the guest runs there, it may be the only copy.
             if qemu.wait(Duration::ZERO) && !is_gone {
                 finish(pager.as_deref());
                 break;
@@ -62,8 +65,10 @@ pub(super) fn watch(vm: &Arc<Vm>) {
                     }
                     replace_pager(&vm, &qemu, lost);
                 }
-                Some((Source::Given, Some(to))) => follow(&vm, &qemu, to),
-                // Nobody knows yet whose the memory is.
+                Some((state, Some(to))) if state == Source::Given || qemu.wait(Duration::ZERO) => {
+                    follow(&vm, to);
+                }
+                // Nobody knows yet whose the memory is; QEMU may have to go on with it.
                 Some(_) => std::thread::sleep(LOOK),
             }
         }
@@ -80,7 +85,7 @@ fn finish(pager: Option<&Process>) {
 }
 
 /// The VM is another host's, which still lacks some of its memory.
-fn follow(vm: &Vm, qemu: &Process, to: Destination) {
+fn follow(vm: &Vm, to: Destination) {
     let Some(mut record) = lock(&vm.record).clone() else { return };
     record.config.follow = Some(to);
     match start_pager(vm, &record.config, |_| {}) {
@@ -95,7 +100,7 @@ fn follow(vm: &Vm, qemu: &Process, to: Destination) {
         }
         Err(error) => {
             tracing::error!("what is behind cannot be sent yet: {error}");
-            qemu.wait(RETRY_PAUSES.0);
+            std::thread::sleep(RETRY_PAUSES.0);
         }
     }
 }

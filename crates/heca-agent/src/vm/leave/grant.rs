@@ -36,10 +36,10 @@ impl Leave {
         told
     }
 
-    /// What the target says about the right to run.
-    fn ask_for_answer(&self, manager: &VmManager, boot: &str) -> Result<Answer, String> {
+    /// What the target says about the right to run, when it is granted or taken back.
+    fn ask_for_answer(&self, manager: &VmManager, ask: &Ask, boot: &str) -> Result<Answer, String> {
         let asked = Instant::now();
-        match self.ask_again(manager, &Ask::Grant { id: self.id }) {
+        match self.ask_again(manager, ask) {
             Ok(Told::Answer { answer: Answer::Running, took_ms, .. }) => {
                 self.note_downtime(asked, took_ms);
                 Ok(Answer::Running)
@@ -59,15 +59,17 @@ impl Leave {
         let mut handover = handover;
         let mut pause = RETRY.0;
         loop {
-            let answer = self.ask_for_answer(manager, &handover.boot);
+            // Before the target hears anything: a grant that gets there although nobody hears of it
+            // must not be followed by the guest going on here.
             let decided = lock(&self.vm.resolution).take();
-            let answer = match (answer, decided) {
+            let ask = match decided {
+                Some(true) => Ask::GiveUp { id: self.id },
+                _ => Ask::Grant { id: self.id },
+            };
+            let answer = match (self.ask_for_answer(manager, &ask, &handover.boot), decided) {
                 // What the target knows is better than what anybody says.
                 (Ok(answer @ (Answer::Running | Answer::Dropped)), _) => answer,
-                (_, Some(true)) => {
-                    let _ = self.ask_again(manager, &Ask::GiveUp { id: self.id });
-                    Answer::Dropped
-                }
+                (_, Some(true)) => Answer::Dropped,
                 (_, Some(false)) => Answer::Running,
                 (Ok(answer), None) => answer,
                 (Err(reason), None) => {
@@ -82,7 +84,11 @@ impl Leave {
                     SourceAction::Record => {
                         let state = (handover.state != Source::Holding).then_some(&handover);
                         if let Err(error) = self.record(state) {
+                            // The next agent will ask the target, which says the same again.
                             tracing::error!(vm = self.name(), "not written down: {error}");
+                            if let Some(record) = &mut *lock(&self.vm.record) {
+                                record.handover = state.cloned();
+                            }
                         }
                     }
                     // By going round once more.
@@ -138,17 +144,18 @@ impl Leave {
         } else {
             self.follow(manager, &handover.boot);
         }
+        lock(&self.info).report.total_s = Some(self.begun.elapsed().as_secs_f64());
+        self.unblock_relay();
+        lock(&self.vm.resolution).take();
+        // Where QEMU moved the memory, the region is still this host's to give back.
+        manager.remove_left(&self.vm, by_qemu);
+        // Not before: as long as there is a record here, somebody may ask what became of it.
         let forget = Ask::Forget { id: self.id };
         let told = self.ask_again(manager, &forget).or_else(|_| self.ask_again(manager, &forget));
         if let Err(error) = told {
             tracing::debug!("the target was not told that it need not remember: {error}");
         }
-        lock(&self.info).report.total_s = Some(self.begun.elapsed().as_secs_f64());
-        self.unblock_relay();
         lock(&self.peer).take();
-        lock(&self.vm.resolution).take();
-        // Where QEMU moved the memory, the region is still this host's to give back.
-        manager.remove_left(&self.vm, by_qemu);
         lock(&self.info).remaining_bytes = 0;
         self.enter(MigrationPhase::Completed);
     }

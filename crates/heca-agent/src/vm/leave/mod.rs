@@ -123,7 +123,7 @@ impl VmManager {
         }
         let import: Result<heca_api::ImportInfo, ApiError> =
             call(vm.pager_socket(), "/v1/import", None, ANSWER_TIMEOUT);
-        if import.is_ok_and(|import| !import.done) {
+        if import.is_ok_and(|import| !import.done && import.behind_pages != Some(0)) {
             let text = format!("`{name}` has just come: part of its memory is still on its way");
             return Err(ApiError::new("still-comes", text).hint("try again in a moment"));
         }

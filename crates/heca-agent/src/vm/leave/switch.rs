@@ -87,38 +87,25 @@ impl Leave {
         })
     }
 
-    fn with_qmp<T>(
-        &self,
-        work: impl FnOnce(&mut Qmp) -> Result<T, ApiError>,
-    ) -> Result<T, ApiError> {
-        let mut held = lock(&self.vm.qmp);
-        if held.is_none() {
-            let connected = Qmp::connect(&self.vm.paths().qmp_socket, ANSWER_TIMEOUT);
-            *held = Some(connected.map_err(|error| failed(&error))?);
-        }
-        let none = || ApiError::new("no-monitor", "there is no connection to QEMU's monitor");
-        work(held.as_mut().ok_or_else(none)?)
-    }
-
     fn begin(&self, qmp: &mut Qmp, uri: &str) -> Result<(), ApiError> {
         let rate = self.request.bandwidth.map(|size| size.0);
         let parameters = qemu::parameters(self.request.max_downtime_ms, rate);
         let capabilities = qemu::capabilities(self.request.mode);
         let run = |qmp: &mut Qmp, command: &str, arguments| {
-            qmp.execute(command, arguments).map_err(|error| failed(&error))
+            qmp.execute(command, arguments).map(drop).map_err(|error| failed(&error))
         };
         run(qmp, "migrate-set-capabilities", capabilities)?;
         run(qmp, "migrate-set-parameters", parameters)?;
         // Of earlier attempts.
         qmp.take_events();
-        run(qmp, "migrate", json!({ "uri": uri }))?;
+        // Also if the answer is late: QEMU may do it all the same.
         self.migrating.store(true, Ordering::SeqCst);
-        Ok(())
+        run(qmp, "migrate", json!({ "uri": uri }))
     }
 
     fn switch_memory(&self, uri: &str) -> Result<(), ApiError> {
         let asked = Instant::now();
-        let stopped = self.with_qmp(|qmp| {
+        let stopped = self.vm.with_qmp(|qmp| {
             self.begin(qmp, uri)?;
             self.enter(MigrationPhase::Switching);
             qmp.wait_event("STOP", STOP_TIME).map_err(|error| failed(&error))?;
@@ -139,7 +126,7 @@ impl Leave {
         self.vm.switched.store(true, Ordering::SeqCst);
         let go_on = || {
             let go_on = json!({ "state": "pre-switchover" });
-            self.with_qmp(|qmp| {
+            self.vm.with_qmp(|qmp| {
                 qmp.execute("migrate-continue", go_on).map(drop).map_err(|error| failed(&error))
             })
         };
@@ -164,7 +151,7 @@ impl Leave {
         let answer = Ask::AwaitLoaded { ms: LOAD_TIME.as_millis() as u64 };
         self.expect_loaded(&answer, LOAD_TIME)?;
         // Until then a lost connection would have QEMU go on with the guest by itself.
-        self.with_qmp(|qmp| wait_status(qmp, &["completed"], LOAD_TIME, || self.check()))?;
+        self.vm.with_qmp(|qmp| wait_status(qmp, &["completed"], LOAD_TIME, || self.check()))?;
         let device_state = ms(begun.elapsed());
         if self.request.mode == MigrationMode::Precopy {
             let mut all_there = || match self.ask(&Ask::Import, ANSWER_TIMEOUT)? {
@@ -208,7 +195,7 @@ impl Leave {
     /// QEMU moves the memory, in a way of its own.
     fn switch_qemu(&self, uri: &str) -> Result<(), ApiError> {
         let postcopy = self.request.mode != MigrationMode::QemuPrecopy;
-        self.with_qmp(|qmp| {
+        self.vm.with_qmp(|qmp| {
             self.begin(qmp, uri)?;
             if postcopy {
                 qmp.execute("migrate-start-postcopy", Value::Null).map_err(|e| failed(&e))?;
@@ -219,7 +206,7 @@ impl Leave {
         let deadline = Instant::now() + QEMU_TIME;
         loop {
             // Let go of now and then: others want to talk to QEMU, too.
-            let found = self.with_qmp(|qmp| {
+            let found = self.vm.with_qmp(|qmp| {
                 let look = Duration::from_millis(500);
                 match wait_status(qmp, wanted, look, || self.check()) {
                     Err(error) if error.code == "qemu-slow" => Ok(false),
@@ -233,7 +220,7 @@ impl Leave {
                 return Err(ApiError::new("qemu-slow", "QEMU's migration does not end"));
             }
         }
-        let stop = self.with_qmp(|qmp| {
+        let stop = self.vm.with_qmp(|qmp| {
             let stop = qmp.wait_event("STOP", ANSWER_TIMEOUT).map_err(|e| failed(&e))?;
             Ok(stop.time)
         })?;
@@ -253,7 +240,7 @@ impl Leave {
             if ended || *lock(&self.vm.resolution) == Some(false) {
                 return;
             }
-            let found = self.with_qmp(|qmp| {
+            let found = self.vm.with_qmp(|qmp| {
                 qmp.execute("query-migrate", Value::Null).map_err(|error| failed(&error))
             });
             let found = match found {
@@ -290,20 +277,8 @@ impl Leave {
             tracing::debug!("the pager was not told that the VM stays: {error}");
         }
         self.vm.switched.store(false, Ordering::SeqCst);
-        let mut pause = RETRY.0;
-        while self.migrating.load(Ordering::SeqCst) {
-            match self.with_qmp(|qmp| qemu::resume(qmp, STOP_TIME)) {
-                Ok(()) => break,
-                Err(error) => {
-                    tracing::error!(vm = self.name(), "the guest does not go on: {error}");
-                    *lock(&self.vm.problem) = Some(format!("the guest does not go on: {error}"));
-                }
-            }
-            let ended = lock(&self.vm.running).as_ref().is_none_or(|r| r.qemu.wait(pause));
-            if ended {
-                return;
-            }
-            pause = (pause * 2).min(RETRY.1);
+        if self.migrating.load(Ordering::SeqCst) && !self.vm.resume() {
+            return;
         }
         let mut state = lock(&self.vm.state);
         if *state == VmState::Leaving {
