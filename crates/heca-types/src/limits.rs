@@ -38,6 +38,9 @@ pub const PREFETCH_PAGES_IN_FLIGHT_MAX: usize = 128;
 pub const PREFETCH_WINDOW_MAX: u32 = 64;
 /// Pages that eviction takes out of use in one step.
 pub const EVICT_BATCH_PAGES: usize = 64;
+/// Neighbouring pages, from a multiple of this on, that eviction takes together: those that one page
+/// of a page table maps.
+pub const EVICT_GROUP_PAGES: u64 = 512;
 /// Pages between "chosen as victim" and "stored by all replicas".
 pub const EVICT_PAGES_IN_FLIGHT_MAX: usize = 512;
 /// Pages that are being copied between sponsors for one region.
@@ -97,6 +100,7 @@ const _: () = {
     );
     assert!(LEASE_MS_MIN <= LEASE_MS_DEFAULT && LEASE_MS_DEFAULT <= LEASE_MS_MAX);
     assert!(EVICT_BATCH_PAGES <= FRAME_PAGES_MAX, "a batch goes to a sponsor as one frame");
+    assert!(EXTENT_PAGES.is_multiple_of(EVICT_GROUP_PAGES), "a group has one replica set");
     assert!(EVICT_PAGES_IN_FLIGHT_MAX as u64 * 4 <= BUDGET_PAGES_MIN);
     assert!(PREFETCH_PAGES_IN_FLIGHT_MAX as u64 * 4 <= BUDGET_PAGES_MIN);
     assert!(REGION_BYTES_MAX / PAGE_BYTES as u64 <= u32::MAX as u64 + 1);

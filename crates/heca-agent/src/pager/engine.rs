@@ -45,6 +45,9 @@ const PREFETCH_LOOK: Duration = Duration::from_millis(2);
 /// How often reads are looked at that are overdue and could not be hedged.
 const OVERDUE_LOOK: Duration = Duration::from_millis(2);
 
+/// Events of other threads that are looked at before faults are looked for again.
+const EVENTS_AT_A_TIME: usize = 16;
+
 /// What the other threads tell the engine.
 #[derive(Debug)]
 pub(super) enum Message {
@@ -130,6 +133,8 @@ pub(super) struct Engine {
     heard: Vec<(Instant, bool)>,
     fenced: Option<String>,
     inbox: Receiver<Message>,
+    /// What is left of the last batch of events.
+    told: std::vec::IntoIter<Event>,
     waker: Arc<Waker>,
     jobs: Sender<Job>,
     evictor_waker: Arc<Waker>,
@@ -170,6 +175,7 @@ impl Engine {
             heard: vec![(Instant::now(), false); sponsors],
             fenced: None,
             inbox,
+            told: Vec::new().into_iter(),
             waker,
             jobs,
             evictor_waker,
@@ -423,18 +429,21 @@ impl Engine {
         }
     }
 
+    /// Takes in what the other threads tell, in order and some at a time: faults come first.
     fn take_messages(&mut self) -> bool {
         let mut busy = false;
-        while let Ok(message) = self.inbox.try_recv() {
+        for _ in 0..EVENTS_AT_A_TIME {
+            if let Some(event) = self.told.next() {
+                busy = true;
+                self.moving.hear(&event);
+                self.dispatch(event, None);
+                continue;
+            }
+            let Ok(message) = self.inbox.try_recv() else { break };
             busy = true;
             match message {
                 Message::Event(event) => self.dispatch(event, None),
-                Message::Events(events) => {
-                    for event in events {
-                        self.moving.hear(&event);
-                        self.dispatch(event, None);
-                    }
-                }
+                Message::Events(events) => self.told = events.into_iter(),
                 Message::LinkLost { sponsor, reason } => self.lose(sponsor, reason),
                 Message::LinksUp { sponsor, lanes, emptied } => {
                     self.gain(sponsor, *lanes, emptied);

@@ -15,7 +15,9 @@ use heca_sys::pagemap::{PageInfo, Pagemap};
 use heca_sys::ring::RemoteRing;
 use heca_sys::uffd::{ResolveError, Userfaultfd};
 use heca_sys::zap;
-use heca_types::limits::{EVICT_BATCH_PAGES, FRAME_PAGES_MAX, PAGE_BYTES, SILENCE_TIMEOUT_MS};
+use heca_types::limits::{
+    EVICT_BATCH_PAGES, EVICT_GROUP_PAGES, FRAME_PAGES_MAX, PAGE_BYTES, SILENCE_TIMEOUT_MS,
+};
 use heca_types::{PageIndex, PageVersion, RegionId, Status};
 use heca_wire::{
     Body, EntryFlags, Header, Kind, PageEntry, encode_pages_parts, is_zero_page, page_checksum,
@@ -33,6 +35,8 @@ use crate::link::{Link, LinkError};
 
 /// Scattered runs of pages that are worked on before other threads get the processor.
 const YIELD_RUNS: usize = 8;
+/// Victims that are unmapped by one call.
+const SPAN_PAGES: usize = 16;
 
 const TICK: Duration = Duration::from_millis(100);
 
@@ -107,6 +111,7 @@ pub(super) struct Evictor {
     engine_waker: Arc<Waker>,
     buffer: Vec<u8>,
     infos: Vec<PageInfo>,
+    span: Vec<PageInfo>,
 }
 
 /// A dirty page of a batch: its entry, its place in the buffer, and whom it goes to.
@@ -126,6 +131,28 @@ fn runs(pages: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
         }
     }
     runs
+}
+
+/// The parts of a sorted batch that are unmapped at once, as (address, length) and the number of
+/// victims in it: some pages of one group with all that lies between them. What is mapped there and is
+/// no victim comes back by a minor fault, which may happen to any page at any time; there is next to
+/// nothing, as the machine takes all pages in use between two victims.
+fn spans(batch: &[UnmapJob], base: u64) -> Vec<(u64, u64, usize)> {
+    let mut spans: Vec<(u64, u64, usize)> = Vec::with_capacity(YIELD_RUNS);
+    let mut group = None;
+    for job in batch {
+        let start = base + job.page.offset();
+        let now = Some(job.page.0 / EVICT_GROUP_PAGES);
+        match spans.last_mut() {
+            Some((first, len, pages)) if group == now && *pages < SPAN_PAGES => {
+                *len = start + PAGE_BYTES as u64 - *first;
+                *pages += 1;
+            }
+            _ => spans.push((start, PAGE_BYTES as u64, 1)),
+        }
+        group = now;
+    }
+    spans
 }
 
 impl WriteLane {
@@ -153,6 +180,7 @@ impl Evictor {
             engine_waker,
             buffer: vec![0; EVICT_BATCH_PAGES * PAGE_BYTES],
             infos: Vec::with_capacity(EVICT_BATCH_PAGES),
+            span: Vec::with_capacity(EVICT_GROUP_PAGES as usize),
         })
     }
 
@@ -203,16 +231,31 @@ impl Evictor {
         self.context.target.address(page)
     }
 
+    /// Unmaps a sorted batch. In small steps, between which those go first that serve faults.
     fn take_from_guest(&mut self, batch: &[UnmapJob]) -> io::Result<()> {
-        let ranges = runs(batch.iter().map(|job| self.address(job.page)));
+        let spans = spans(batch, self.context.target.base);
         match &mut self.unmapper {
-            Unmapper::PageOut(pidfd) => ranges.chunks(YIELD_RUNS).try_for_each(|ranges| {
-                std::thread::yield_now();
-                zap::page_out(pidfd.as_fd(), ranges)
-            }),
-            Unmapper::Ring(ring) => ring.unmap(&ranges),
+            Unmapper::PageOut(pidfd) => {
+                let mut pages = 0;
+                let steps = spans.chunk_by(|a, _| {
+                    pages += a.2;
+                    let same = pages < SPAN_PAGES;
+                    pages = if same { pages } else { 0 };
+                    same
+                });
+                for step in steps {
+                    let ranges: Vec<_> = step.iter().map(|&(start, len, _)| (start, len)).collect();
+                    zap::page_out(pidfd.as_fd(), &ranges)?;
+                    std::thread::yield_now();
+                }
+                Ok(())
+            }
+            Unmapper::Ring(ring) => {
+                let ranges: Vec<_> = spans.iter().map(|&(start, len, _)| (start, len)).collect();
+                ring.unmap(&ranges)
+            }
             Unmapper::WriteProtect => {
-                for (start, len) in ranges {
+                for (start, len) in runs(batch.iter().map(|job| self.address(job.page))) {
                     let protected = self.context.uffd.write_protect(start, len, true);
                     protected.map_err(|error| match error {
                         ResolveError::Os(error) => error,
@@ -257,8 +300,14 @@ impl Evictor {
         if self.unmapper.protection() == Protection::WriteProtect {
             return Ok(());
         }
-        for (start, len) in runs(batch.iter().map(|job| self.address(job.page))) {
-            self.pagemap.read(start, len as usize / PAGE_BYTES, &mut self.infos)?;
+        let mut jobs = batch.iter();
+        for (start, len, pages) in spans(batch, self.context.target.base) {
+            self.span.clear();
+            self.pagemap.read(start, len as usize / PAGE_BYTES, &mut self.span)?;
+            for job in jobs.by_ref().take(pages) {
+                let position = (self.address(job.page) - start) as usize / PAGE_BYTES;
+                self.infos.push(self.span[position]);
+            }
         }
         Ok(())
     }
@@ -513,6 +562,22 @@ impl WriteLane {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn victims_of_one_group_are_unmapped_at_once_a_few_at_a_time() {
+        let job = |page| UnmapJob {
+            page: PageIndex(page),
+            version: PageVersion(1),
+            dirty: false,
+            sponsors: 1,
+        };
+        let batch: Vec<_> = [0, 3, 511, 512, 515].map(job).into();
+        let at = |page: u64| 0x10_0000 + page * 4096;
+        assert_eq!(spans(&batch, 0x10_0000), [(at(0), 512 * 4096, 3), (at(512), 4 * 4096, 2)]);
+        let batch: Vec<_> = (0..40).map(|i| job(i * 2)).collect();
+        let pages: Vec<_> = spans(&batch, 0x10_0000).into_iter().map(|span| span.2).collect();
+        assert_eq!(pages, [16, 16, 8]);
+    }
 
     #[test]
     fn neighbours_become_one_run() {

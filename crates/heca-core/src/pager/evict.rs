@@ -1,6 +1,8 @@
 //! Eviction: unmap, store, park, drop.
 
-use heca_types::limits::{EVICT_BATCH_PAGES, EVICT_PAGES_IN_FLIGHT_MAX, EXTENT_PAGES};
+use heca_types::limits::{
+    EVICT_BATCH_PAGES, EVICT_GROUP_PAGES, EVICT_PAGES_IN_FLIGHT_MAX, EXTENT_PAGES,
+};
 use heca_types::{ExtentIndex, PageIndex, PageVersion};
 
 use super::machine::{DIRTY, PREFETCHED, Page, Pager, State, WANTED, ZERO};
@@ -61,15 +63,39 @@ impl Pager {
         if !worth_it || in_flight_room < EVICT_BATCH_PAGES as u64 {
             return;
         }
-        for _ in 0..missing.min(EVICT_BATCH_PAGES as i64) {
+        let mut room = missing.min(EVICT_BATCH_PAGES as i64);
+        while room > 0 {
             let Some(page) = self.active.pop(&mut self.links) else { break };
+            room -= 1;
             if self.live_mask(PageIndex(page)) == 0 {
                 // No sponsor could take it: let it be the youngest and look at others.
                 self.active.push(&mut self.links, page);
                 continue;
             }
             self.unmap(PageIndex(page), out);
+            room -= self.unmap_around(page, room, out);
         }
+    }
+
+    /// Takes pages in use around a victim, too, nearest first behind it and then before it, as many
+    /// as there is room for. To unmap a range costs little more than to unmap a page: what counts
+    /// is the flush of the processors' translations. A neighbour in use comes back by a minor fault,
+    /// as it would have when its own turn came. Returns how many were taken.
+    fn unmap_around(&mut self, page: u64, room: i64, out: &mut Vec<Action>) -> i64 {
+        let first = page - page % EVICT_GROUP_PAGES;
+        let end = (first + EVICT_GROUP_PAGES).min(self.config.pages);
+        let mut left = room;
+        for neighbour in (page + 1..end).chain((first..page).rev()) {
+            if left == 0 {
+                break;
+            }
+            if self.pages[neighbour as usize].state == State::Resident {
+                self.active.remove(&mut self.links, neighbour);
+                self.unmap(PageIndex(neighbour), out);
+                left -= 1;
+            }
+        }
+        room - left
     }
 
     fn punch(&mut self, page: PageIndex, out: &mut Vec<Action>) {

@@ -14,8 +14,8 @@
 //!           Fetch      +--------> Standby           (prefetch: Fill)
 //! ```
 //!
-//! The pages in use are a FIFO list. Eviction takes the oldest, unmaps them without freeing them,
-//! stores what is dirty, and parks them in `Standby`: still in local memory, with a valid remote
+//! The pages in use are a FIFO list. Eviction takes the oldest and its neighbours, unmaps them without
+//! freeing them, stores what is dirty, and parks them in `Standby`: still in local memory, with a valid remote
 //! copy. Standby is the inactive list: a touch there costs a minor fault and moves the page back
 //! to the end of the FIFO, so pages in use are found without access bits, and room for a fault is
 //! made by `Punch` alone, never by waiting for the network.
