@@ -126,6 +126,7 @@ const RARE_COUNTERS: &[&str] = &[
     "prefetches_used",
     "prefetches_wasted",
     "standby_hits",
+    "mapped_ahead",
     "faults_stalled",
     "faults_blocked",
     "evicted_clean_pages",

@@ -333,12 +333,17 @@ impl Userfaultfd {
         self.range_mode(0x07, address, PAGE_BYTES as u64, u64::from(protect) << 1)
     }
 
-    /// Maps neighbouring pages that are in the page cache, writable, and wakes. Stops at the first
-    /// one that it cannot map, and returns how many bytes before it are mapped now, and why it
-    /// stopped.
-    pub fn map_run(&self, address: u64, len: u64) -> (u64, Result<(), ResolveError>) {
+    /// Maps neighbouring pages that are in the page cache (write-protected if asked), and wakes.
+    /// Stops at the first one that it cannot map, and returns how many bytes before it are mapped
+    /// now, and why it stopped.
+    pub fn map_run(
+        &self,
+        address: u64,
+        len: u64,
+        protect: bool,
+    ) -> (u64, Result<(), ResolveError>) {
         let range = RangeArg { start: address, len };
-        let mut argument = RangeModeArg { range, mode: 0, done: 0 };
+        let mut argument = RangeModeArg { range, mode: u64::from(protect) << 1, done: 0 };
         let outcome = self.ioctl(ioc(IOWR, 0x07, size_of::<RangeModeArg>()), &mut argument);
         // With an error for the first page the kernel puts that there, as a negative number.
         (argument.done.max(0) as u64, outcome.map_err(classify))

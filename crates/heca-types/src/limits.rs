@@ -33,9 +33,11 @@ pub const ADDRESS_BYTES_MAX: usize = 256;
 /// Pages of demand reads in flight to one sponsor.
 pub const DEMAND_PAGES_IN_FLIGHT_MAX: usize = 256;
 /// Pages of prefetch in flight over all sponsors.
-pub const PREFETCH_PAGES_IN_FLIGHT_MAX: usize = 128;
+pub const PREFETCH_PAGES_IN_FLIGHT_MAX: usize = 512;
 /// Pages ahead of a sequential stream that prefetch may be.
-pub const PREFETCH_WINDOW_MAX: u32 = 64;
+pub const PREFETCH_WINDOW_MAX: u32 = 512;
+/// Pages that are mapped along with the one that a stream touched.
+pub const MAP_AHEAD_PAGES: usize = 64;
 /// Pages that eviction takes out of use in one step.
 pub const EVICT_BATCH_PAGES: usize = 64;
 /// Neighbouring pages, from a multiple of this on, that eviction takes together: those that one page

@@ -407,6 +407,9 @@ pub enum Experiment {
     /// Latency of a remote fault beside the floors it stands on: a local fault handler and a TCP
     /// round trip.
     Fault(FaultArguments),
+    /// How fast memory comes in that is read in order, and how fast it is exchanged when every page
+    /// is dirty, beside a raw TCP stream.
+    Throughput(ThroughputArguments),
     /// How long a guest stands still when it is moved, beside QEMU's own ways to move it.
     Migrate(crate::bench::migrate::MigrateArguments),
 }
@@ -437,6 +440,28 @@ pub struct FaultArguments {
     /// Measure the same with sealed pages, beside plaintext.
     #[arg(long)]
     pub encrypt: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ThroughputArguments {
+    /// Print one JSON object and nothing else on standard output.
+    #[arg(long)]
+    pub json: bool,
+    /// Times to repeat; medians are reported.
+    #[arg(long, default_value_t = 5)]
+    pub runs: usize,
+    /// Memory of the target.
+    #[arg(long, default_value_t = ByteSize(512 << 20), value_name = "SIZE")]
+    pub memory: ByteSize,
+    /// Part of it that may be local.
+    #[arg(long, default_value_t = ByteSize(64 << 20), value_name = "SIZE")]
+    pub local: ByteSize,
+    /// Replicas of each page.
+    #[arg(long, default_value_t = 1)]
+    pub replicas: usize,
+    /// How long pager and sponsor poll before they sleep, in microseconds.
+    #[arg(long, default_value_t = default_spin_us(), value_name = "MICROSECONDS")]
+    pub spin_us: u64,
 }
 
 #[derive(Debug, Args)]

@@ -1,5 +1,6 @@
 //! The engine thread: owns the state machine, carries out its actions.
 
+mod install;
 mod links;
 mod moving;
 
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use heca_api::PagerStats;
 use heca_core::hedge::HedgePolicy;
-use heca_core::pager::{Action, Event, FaultKind, FetchClass, Install, InstallResult, Pager};
+use heca_core::pager::{Action, Event, FaultKind, FetchClass, Install, Pager};
 use heca_sys::journal::Journal;
 use heca_sys::uffd::{self, Fault, ResolveError, Userfaultfd};
 use heca_types::limits::{PAGE_BYTES, SILENCE_TIMEOUT_MS};
@@ -34,6 +35,7 @@ use super::statistics::Statistics;
 use super::waker::Waker;
 use crate::latency::LatencyHint;
 use crate::link::Link;
+use install::run_of;
 use moving::Moving;
 
 /// Longest sleep: retries, time limits and rates are looked at this often.
@@ -285,8 +287,14 @@ impl Engine {
             let mut actions = std::mem::take(&mut self.actions);
             actions.clear();
             self.core.step(event, &mut actions);
-            for action in &actions {
-                self.execute(*action, reply);
+            let mut rest = &actions[..];
+            while let Some(action) = rest.first() {
+                let (run, more) = rest.split_at(run_of(rest));
+                match run.len() {
+                    1 => self.execute(*action, reply),
+                    _ => self.map_run(run),
+                }
+                rest = more;
             }
             self.actions = actions;
         }
@@ -368,65 +376,7 @@ impl Engine {
                 return;
             }
         };
-        if result.is_ok() && matches!(what, Install::Copy | Install::Fill) {
-            // Only now: should this process die before, the page counts by being there.
-            let journal = &self.context.journal;
-            journal.set_version(page.0, journal.version(page.0) & !DROPPED);
-        }
-        if what != Install::Fill && result.is_ok() {
-            self.seen.remove(&page);
-        }
-        match what {
-            // Whoever sends it may have read the hole that was there before.
-            Install::Copy | Install::Fill | Install::Zero if result.is_ok() => {
-                self.moving.changed(page);
-            }
-            Install::Continue => self.moving.mapped(page, action),
-            _ => {}
-        }
-        let result = self.outcome(page, result);
-        self.queue.push_back(Event::Installed { page, what, result });
-    }
-
-    fn outcome(&self, page: PageIndex, result: Result<(), ResolveError>) -> InstallResult {
-        match result {
-            Ok(()) => InstallResult::Ok,
-            Err(ResolveError::Exists) => InstallResult::Exists,
-            Err(ResolveError::Again) => InstallResult::Again,
-            Err(ResolveError::Hole) => InstallResult::Hole,
-            Err(ResolveError::NoMemory) => InstallResult::NoMemory,
-            Err(ResolveError::Gone) => InstallResult::Gone,
-            Err(error) => {
-                if pidfd_ends(&self.context.pidfd, Duration::ZERO) {
-                    return InstallResult::Gone;
-                }
-                tracing::error!(%page, "page not installed: {}", chain(&error));
-                InstallResult::NoMemory
-            }
-        }
-    }
-
-    fn poison(&mut self, page: PageIndex) {
-        let name = &self.context.name;
-        tracing::error!(vm = name, %page, "no good copy of the page is left: poisoned");
-        self.seen.remove(&page);
-        let address = self.context.target.address(page);
-        let uffd = &self.context.uffd;
-        let mut poisoned = uffd.poison(address);
-        if matches!(poisoned, Err(ResolveError::Exists)) {
-            // A mark of write protection that outlived the page is in the way, or the page is
-            // poisoned already.
-            let _ = uffd.write_protect(address, PAGE_BYTES as u64, false);
-            poisoned = uffd.poison(address);
-        }
-        match poisoned {
-            Ok(()) => {}
-            Err(ResolveError::Exists) => {
-                let _ = uffd.wake(address, PAGE_BYTES as u64);
-            }
-            // The thread stays blocked: better than to read wrong bytes.
-            Err(error) => tracing::error!(vm = name, %page, "cannot poison: {}", chain(&error)),
-        }
+        self.installed(action, page, what, result);
     }
 
     /// Takes in what the other threads tell, in order and some at a time: faults come first.

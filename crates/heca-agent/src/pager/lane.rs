@@ -14,7 +14,7 @@ use crate::link::{Link, LinkError};
 use crate::seal::Sealer;
 
 /// Pages in one prefetch request: a demand read that turns out to wait for it does not wait long.
-const PREFETCH_FRAME_PAGES: usize = 16;
+const PREFETCH_FRAME_PAGES: usize = 32;
 
 /// A page that was asked for.
 #[derive(Debug, Clone, Copy)]

@@ -12,14 +12,15 @@ use super::{Action, Mutation, Unmapped};
 const STANDBY_LOOKS_MAX: u64 = 8192;
 
 impl Pager {
-    /// Free frames below which pages are dropped.
+    /// Free frames that are for faults alone; what there is beyond is for prefetch.
     pub(super) fn reserve_low(&self) -> u64 {
-        self.reserve_high() / 2
+        self.reserve_high() / 4
     }
 
-    /// Free frames up to which pages are dropped: room for a burst of faults.
+    /// Free frames up to which pages are dropped: room for a burst of faults, and for a window of
+    /// prefetch.
     fn reserve_high(&self) -> u64 {
-        (self.config.budget_pages / 64).clamp(64, 8192)
+        (self.config.budget_pages / 64).clamp(512, 8192).min(self.config.budget_pages / 6)
     }
 
     /// Pages kept unmapped and stored, so that dropping them needs no network.
@@ -35,9 +36,10 @@ impl Pager {
         }
         let usable = if self.starved { 0 } else { self.free_frames() };
         let free = usable + self.punching as i64;
-        if free < self.reserve_low() as i64 {
-            let mut missing =
-                (self.reserve_high() as i64 - free).clamp(0, EVICT_BATCH_PAGES as i64);
+        let missing = self.reserve_high() as i64 - free;
+        // Half-empty batches cost as much as full ones.
+        if missing >= EVICT_BATCH_PAGES as i64 / 2 || free <= self.reserve_low() as i64 {
+            let mut missing = missing.min(EVICT_BATCH_PAGES as i64);
             for _ in 0..self.standby.len().min(STANDBY_LOOKS_MAX) {
                 if missing == 0 {
                     break;
@@ -58,7 +60,6 @@ impl Pager {
         let target = (self.reserve_high() + self.standby_target()) as i64;
         let missing = if self.flushing { self.active.len() as i64 } else { target - supply };
         let in_flight_room = EVICT_PAGES_IN_FLIGHT_MAX as u64 - in_flight.min(512);
-        // Half-empty batches cost as much as full ones.
         let worth_it = missing >= EVICT_BATCH_PAGES as i64 / 2 || (self.flushing && missing > 0);
         if !worth_it || in_flight_room < EVICT_BATCH_PAGES as u64 {
             return;

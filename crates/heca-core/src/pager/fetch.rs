@@ -6,6 +6,9 @@ use heca_types::{PageIndex, PageVersion};
 use super::machine::{ASKED_TWICE, PREFETCHED, Pager, State, WANTED};
 use super::{Action, FetchClass, FetchError, Mutation};
 
+/// Pages that are asked for ahead at once, if a stream wants as many.
+const PREFETCH_CHUNK: u32 = 32;
+
 /// A replica must be this much faster than the preferred one to be asked instead, in microseconds
 /// and beside a factor of 1.5: between equals the load is to be shared.
 const FASTER_US: u64 = 50;
@@ -272,14 +275,35 @@ impl Pager {
         }
     }
 
-    pub(super) fn fetch_ahead(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+    /// The guest used a page: fetches what it may use next. Returns by how many pages its accesses
+    /// go on, or 0 if they follow no trend.
+    pub(super) fn fetch_ahead(&mut self, page: PageIndex, out: &mut Vec<Action>) -> i64 {
         if !self.config.prefetch {
-            return;
+            return 0;
         }
-        let range = self.streams.access(page.0);
-        for next in range.start..range.end.min(self.config.pages) {
+        let ahead = self.streams.access(page.0);
+        // Some pages at a time, once there is room for them: a request costs as much as its pages.
+        if self.prefetch_room() < ahead.count.min(PREFETCH_CHUNK).into() {
+            self.streams.cut(page.0, ahead, 0);
+            return ahead.stride;
+        }
+        for (number, next) in (0..).zip(ahead.pages(self.config.pages)) {
+            if self.prefetch_room() <= 0 {
+                self.streams.cut(page.0, ahead, number);
+                break;
+            }
             self.prefetch(PageIndex(next), out);
         }
+        ahead.stride
+    }
+
+    /// Pages that may be asked for ahead now.
+    fn prefetch_room(&self) -> i64 {
+        if self.starved || self.frozen {
+            return 0;
+        }
+        let frames = self.free_frames() - self.reserve_low() as i64;
+        frames.min(PREFETCH_PAGES_IN_FLIGHT_MAX as i64 - self.prefetching as i64)
     }
 
     pub(super) fn prefetch_wasted(&mut self) {
@@ -289,11 +313,8 @@ impl Pager {
 
     pub(super) fn prefetch(&mut self, page: PageIndex, out: &mut Vec<Action>) {
         let p = *self.page(page);
-        let room = !self.starved
-            && !self.frozen
-            && self.free_frames() > self.reserve_low() as i64
-            && self.prefetching < PREFETCH_PAGES_IN_FLIGHT_MAX as u64;
-        if p.state == State::Remote && !p.has(WANTED) && room && self.up_mask(page) != 0 {
+        let wanted = p.state == State::Remote && !p.has(WANTED);
+        if wanted && self.prefetch_room() > 0 && self.up_mask(page) != 0 {
             self.start_fetch(page, FetchClass::Prefetch, out);
         }
     }

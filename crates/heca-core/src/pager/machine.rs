@@ -365,6 +365,9 @@ impl Pager {
             State::Fetching => {
                 self.counters.faults_while_fetching += 1;
                 self.page(page).flags |= WANTED;
+                if p.has(PREFETCHED) && !p.has(WANTED) {
+                    self.touch_prefetching(page, out);
+                }
                 if self.config.mutation == Some(Mutation::FetchTwice) {
                     self.page(page).fetch = 0;
                     self.ask(page, FetchClass::Demand, out);

@@ -529,6 +529,8 @@ pub struct Counters {
     pub prefetches_used: u64,
     pub prefetches_wasted: u64,
     pub standby_hits: u64,
+    #[serde(default)]
+    pub mapped_ahead: u64,
     pub faults_stalled: u64,
     pub faults_blocked: u64,
     pub evicted_clean_pages: u64,

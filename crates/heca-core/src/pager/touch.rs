@@ -1,8 +1,9 @@
 //! A touch of a page that is in local memory.
 
 use heca_types::PageIndex;
+use heca_types::limits::MAP_AHEAD_PAGES;
 
-use super::machine::{DIRTY, PREFETCHED, Pager};
+use super::machine::{DIRTY, PREFETCHED, Pager, State};
 use super::{Action, FaultKind, Mutation, Protection};
 
 impl Pager {
@@ -61,9 +62,55 @@ impl Pager {
             out.push(Action::Continue { page, protect: true });
         }
         if prefetched {
-            self.counters.prefetches_used += 1;
-            self.streams.useful();
-            self.fetch_ahead(page, out);
+            self.prefetch_used();
+        }
+        let begin = out.len();
+        let stride = self.fetch_ahead(page, out);
+        if kind != FaultKind::WriteProtect && stride.abs() == 1 {
+            self.map_ahead(page, stride, begin, out);
+        }
+    }
+
+    fn prefetch_used(&mut self) {
+        self.counters.prefetches_used += 1;
+        self.streams.useful();
+    }
+
+    /// A prefetched page is touched while it is still on its way: the stream is faster.
+    pub(super) fn touch_prefetching(&mut self, page: PageIndex, out: &mut Vec<Action>) {
+        self.prefetch_used();
+        self.fetch_ahead(page, out);
+    }
+
+    /// A stream goes on from a page that was just mapped: maps those that are here and come next, so
+    /// that a fault serves many. The actions go where `begin` says, before fetches, in rising order.
+    fn map_ahead(&mut self, page: PageIndex, stride: i64, begin: usize, out: &mut Vec<Action>) {
+        let mut run = Vec::new();
+        let mut at = page.0;
+        while run.len() < MAP_AHEAD_PAGES {
+            let Some(next) = at.checked_add_signed(stride).filter(|&n| n < self.config.pages)
+            else {
+                break;
+            };
+            let p = *self.page(PageIndex(next));
+            if p.state != State::Standby {
+                break;
+            }
+            self.standby.remove(&mut self.links, next);
+            if p.has(PREFETCHED) {
+                self.prefetch_used();
+            }
+            self.make_resident(PageIndex(next), if p.version == 0 { DIRTY } else { 0 });
+            run.push(Action::Continue { page: PageIndex(next), protect: true });
+            at = next;
+        }
+        self.counters.mapped_ahead += run.len() as u64;
+        if stride < 0 {
+            run.reverse();
+            // Behind them comes the page itself.
+            out.splice(begin - 1..begin - 1, run);
+        } else {
+            out.splice(begin..begin, run);
         }
     }
 }

@@ -10,7 +10,6 @@
 //! poll as well. The kernel's idle latency limit is held at zero throughout: a floor with
 //! sleeping cores would be several times higher and flatter the ratio.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -31,6 +30,7 @@ use heca_types::ByteSize;
 use heca_types::limits::PAGE_BYTES;
 use serde_json::json;
 
+use super::scratch::{Scratch, new_ram};
 use super::sponsor::BenchSponsor;
 use super::target::{Measured, Order, Target};
 use super::{Outcome, machine, median};
@@ -40,30 +40,6 @@ use crate::cli::FaultArguments;
 const PAGES: usize = 65_536;
 /// Local budget: an eighth.
 const LOCAL_PAGES: usize = PAGES / 8;
-
-/// A directory that is removed when dropped.
-pub(super) struct Scratch(pub(super) std::path::PathBuf);
-
-impl Scratch {
-    fn new() -> anyhow::Result<Self> {
-        let dir = Path::new("/dev/shm").join(format!("heca-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        Ok(Self(dir))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn new_ram(dir: &Path) -> anyhow::Result<std::path::PathBuf> {
-    let path = dir.join("ram");
-    let _ = std::fs::remove_file(&path);
-    File::create_new(&path)?.set_len((PAGES * PAGE_BYTES) as u64)?;
-    Ok(path)
-}
 
 pub(super) fn run(arguments: &FaultArguments) -> anyhow::Result<()> {
     let say = |text: &str| eprintln!("bench fault: {text}");
@@ -181,7 +157,7 @@ fn make_identity(dir: &Path) -> anyhow::Result<std::path::PathBuf> {
 
 /// Resolves the target's faults from local memory.
 fn uffd_floor(dir: &Path, faults: usize, spin: Duration) -> anyhow::Result<Measured> {
-    let ram = new_ram(dir)?;
+    let ram = new_ram(dir, PAGES)?;
     let mut target = Target::start(&ram)?;
     let base = heca_sys::process::maps(target.pid())?
         .into_iter()
@@ -294,7 +270,7 @@ fn remote_faults(
     leg: Leg,
     identity: Option<&Path>,
 ) -> anyhow::Result<(Measured, serde_json::Value)> {
-    let ram = new_ram(dir)?;
+    let ram = new_ram(dir, PAGES)?;
     let offer = (PAGES * PAGE_BYTES) as u64 + heca_types::limits::EXTENT_BYTES;
     let sponsors: anyhow::Result<Vec<BenchSponsor>> = (0..arguments.replicas)
         .map(|i| {

@@ -2,8 +2,10 @@
 
 mod fault;
 pub mod migrate;
+mod scratch;
 mod sponsor;
 pub mod target;
+mod throughput;
 
 use std::fs;
 
@@ -15,6 +17,7 @@ use crate::cli::{BenchArguments, Experiment};
 pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     match &arguments.experiment {
         Experiment::Fault(arguments) => fault::run(arguments),
+        Experiment::Throughput(arguments) => throughput::run(arguments),
         Experiment::Migrate(arguments) => migrate::run(arguments),
     }
 }

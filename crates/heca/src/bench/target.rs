@@ -21,6 +21,9 @@ const PAGE_WORDS: usize = PAGE_BYTES / 8;
 pub(super) enum Order {
     /// Write the value that belongs to each page of `first..end`, over the whole page.
     Write { first: usize, end: usize },
+    /// Load a word of each page of `first..end`, in order, and compare it with what was written;
+    /// with `dirty`, store it again, so that every page has to go back.
+    Scan { first: usize, end: usize, dirty: bool },
     /// Load a word of `count` different pages of `first..end`, in random order, and compare it
     /// with what was written (or with zero, if nothing was).
     Touch { first: usize, end: usize, count: usize, seed: u64, written: bool },
@@ -137,6 +140,19 @@ fn carry_out(map: &SharedMap, order: &Order, writes: &mut Vec<Writes>) -> Measur
             }
             let seconds = begun.elapsed().as_secs_f64();
             Measured { count: end - first, seconds, ..Measured::default() }
+        }
+        Order::Scan { first, end, dirty } => {
+            let mut wrong = 0;
+            for page in first..end {
+                let word = page % PAGE_WORDS;
+                let (at, expected) = (page * PAGE_WORDS + word, value(page, word));
+                wrong += usize::from(map.load(at) != expected);
+                if dirty {
+                    map.store(at, expected);
+                }
+            }
+            let seconds = begun.elapsed().as_secs_f64();
+            Measured { count: end - first, wrong, seconds, ..Measured::default() }
         }
         Order::Touch { first, end, count, seed, written } => {
             let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)

@@ -136,7 +136,7 @@ impl Behind {
         let mut at = pages.start;
         while at < pages.end {
             let len = (pages.end - at) * PAGE_BYTES as u64;
-            let (done, outcome) = self.uffd.map_run(self.target.address(PageIndex(at)), len);
+            let (done, outcome) = self.uffd.map_run(self.target.address(PageIndex(at)), len, false);
             at += done / PAGE_BYTES as u64;
             match outcome {
                 Ok(()) => return Ok(()),
