@@ -109,6 +109,8 @@ impl Text {
 
     fn pager_counters(&mut self, stats: &PagerStats, domain: (&str, &str)) {
         let counters = &stats.counters;
+        let about = ("counter", "Time in which some thread of the guest waited for a page.");
+        self.add("heca_vm_stall_seconds_total", about, &[domain], stats.stall_s);
         for (kind, count) in [
             ("missing", counters.faults_missing),
             ("minor", counters.faults_minor),

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod arrive;
+mod auto;
 mod launch;
 mod leave;
 mod process;
@@ -186,6 +187,7 @@ impl VmManager {
         });
         fs::create_dir_all(&manager.run_dir)?;
         manager.adopt_all();
+        auto::spawn(&manager, config.keep_free.0)?;
         Ok(manager)
     }
 
@@ -248,13 +250,12 @@ impl VmManager {
     pub async fn resize(&self, name: &str, resize: &Resize) -> Result<(), ApiError> {
         let vm = self.find(name)?;
         check_budget(resize.local)?;
+        if let Some(bounds) = &resize.auto_local {
+            bounds.check(lock(&vm.request).memory)?;
+        }
         let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/resize", resize).await;
         answer.map_err(|error| pager_error(name, error))?;
-        lock(&vm.request).local = resize.local;
-        vm.change_record(|record| {
-            record.request.local = resize.local;
-            record.config.local = resize.local;
-        })
+        vm.note_budget(resize)
     }
 
     /// Gives a VM one more sponsor.
@@ -336,6 +337,9 @@ impl VmManager {
     /// Everything that can be wrong with the request or the host, with what to do about it.
     pub fn create(&self, request: &VmRequest) -> Result<(), ApiError> {
         check_budget(request.local)?;
+        if let Some(bounds) = &request.auto_local {
+            bounds.check(request.memory)?;
+        }
         let accel = host::choose_accel(match request.accel {
             AccelChoice::Auto => host::AccelChoice::Auto,
             AccelChoice::Kvm => host::AccelChoice::Kvm,

@@ -5,11 +5,13 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod local;
 mod migrate;
 mod stats;
 mod vm;
 
 pub use client::{Client, ClientError};
+pub use local::{AutoLocal, LocalChoice};
 pub use migrate::{
     DowntimeParts, ExportInfo, ExportRequest, ExportStage, Flush, ImportInfo, Look, MIGRATION_PORT,
     MigrateRequest, MigrationInfo, MigrationMode, MigrationPhase, MigrationReport, Release,

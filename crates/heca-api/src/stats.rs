@@ -102,6 +102,9 @@ pub struct PagerStats {
     pub counters: Counters,
     /// Latency of remote faults since the start.
     pub latency: Latency,
+    /// Time in which at least one thread of the guest waited for a page, in seconds.
+    #[serde(default)]
+    pub stall_s: f64,
     /// Counts per second.
     pub rates: Rates,
     /// The sponsors, in the order of the command line.

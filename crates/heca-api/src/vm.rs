@@ -6,6 +6,7 @@ use std::str::FromStr;
 use heca_types::ByteSize;
 use serde::{Deserialize, Serialize};
 
+use crate::local::AutoLocal;
 use crate::stats::PagerStats;
 
 /// A sponsor and its weight: `HOST:PORT` or `HOST:PORT=WEIGHT`.
@@ -146,6 +147,9 @@ pub struct VmRequest {
     pub memory: ByteSize,
     /// Part of it that may be in local memory at a time.
     pub local: ByteSize,
+    /// Bounds within which that follows what the VM needs; none if it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_local: Option<AutoLocal>,
     /// Sponsors that hold each extent.
     pub replicas: usize,
     /// The sponsors.
@@ -206,6 +210,9 @@ pub struct VmInfo {
     pub memory: ByteSize,
     /// Local budget.
     pub local: ByteSize,
+    /// Bounds within which that follows what the VM needs; none if it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_local: Option<AutoLocal>,
     /// Replicas of each extent.
     pub replicas: usize,
     /// Guest processors.
@@ -245,6 +252,9 @@ pub struct VmInfo {
 pub struct Resize {
     /// Part of the guest RAM that may be in local memory.
     pub local: ByteSize,
+    /// Bounds within which that follows what the VM needs; none if it is to stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_local: Option<AutoLocal>,
 }
 
 /// How to stop a VM.

@@ -30,6 +30,10 @@ while :; do sleep 1; done
 
 impl Rig {
     fn new(offer: &str) -> Self {
+        Self::with_init(offer, INIT)
+    }
+
+    fn with_init(offer: &str, init: &str) -> Self {
         let serial = SERIAL.lock().unwrap_or_else(PoisonError::into_inner);
         let mut lab = Lab::new(3).unwrap();
         lab.host(1).start_agent(&AgentOptions::default()).unwrap();
@@ -40,7 +44,7 @@ impl Rig {
         let initrd = lab.dir().join("initrd");
         let mut image = GuestImage::new().unwrap();
         image.stripped_program("heca", &heca_binary().unwrap(), lab.dir()).unwrap();
-        image.write(INIT, &initrd).unwrap();
+        image.write(init, &initrd).unwrap();
         let kernel = find_kernel().unwrap().to_string_lossy().into_owned();
         Self { lab, kernel, initrd: initrd.to_string_lossy().into_owned(), _serial: serial }
     }
@@ -174,6 +178,47 @@ fn a_guest_verifies_more_memory_than_its_host_may_use() {
     rig.wait_for_regions(0);
     assert_eq!(rig.memory_files(), Vec::<PathBuf>::new());
     assert!(rig.lab.host(1).vm("g").is_err());
+}
+
+#[test]
+fn an_automatic_budget_follows_the_guest() {
+    let work = "echo guest: up\n/bin/heca hammer --size 96M --threads 2 --seconds 25\n\
+                echo guest: end\nwhile :; do sleep 1; done\n";
+    let mut rig = Rig::with_init("1G", work);
+    let sponsors = rig.sponsors();
+    let start = |rig: &mut Rig, local: &str| {
+        let mut arguments: Vec<String> =
+            rig.run_arguments("g", &sponsors).into_iter().map(str::to_owned).collect();
+        *arguments.iter_mut().find(|argument| *argument == "128M").unwrap() = local.to_owned();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        rig.lab.host(1).heca(&arguments).unwrap()
+    };
+    for (local, words) in [
+        ("auto:1M..64M", "at least 16 MiB"),
+        ("auto:64M..32M", "no range"),
+        ("auto:32M..1G", "more than the VM's"),
+        ("automatic", "not a size"),
+    ] {
+        let refused = start(&mut rig, local);
+        let text = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && text.contains(words), "{local}: {text}");
+    }
+    assert!(start(&mut rig, "auto:32M..200M").status.success());
+    // What it works on is more than it begins with.
+    let grown = rig.wait("larger budget", 60, |info| info.local.0 > 100 << 20);
+    assert!(grown.local.0 <= 200 << 20 && grown.pager.unwrap().stall_s > 0.0);
+    rig.wait("end of the work", 90, |info| console(info).contains("guest: end"));
+    let text = console(&rig.lab.host(1).vm("g").unwrap());
+    assert!(!text.contains("WRONG") && !text.contains("panic"), "{text}");
+    let before = rig.lab.host(1).vm("g").unwrap().local.0;
+    rig.wait("smaller budget", 60, |info| info.local.0 < before - before / 20);
+    // A budget that is given stays.
+    rig.lab.host(1).heca_ok(&["vm", "resize", "g", "--local", "64M"]).unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    let info = rig.lab.host(1).vm("g").unwrap();
+    assert_eq!((info.local.0, info.auto_local), (64 << 20, None));
+    rig.lab.host(1).heca_ok(&["vm", "resize", "g", "--local", "auto"]).unwrap();
+    assert!(rig.lab.host(1).vm("g").unwrap().auto_local.is_some());
 }
 
 #[test]

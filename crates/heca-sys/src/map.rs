@@ -1,14 +1,14 @@
 //! A shared mapping whose memory may change at any time under our hands.
 //!
 //! Used by programs that play the role of a guest: tests and benchmarks. The pager itself never
-//! maps guest memory. There is no reference into the mapping; every access is one volatile load
-//! or store.
+//! maps guest memory. Every access is one atomic load or store.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A shared, readable and writable mapping of a whole file.
+/// A readable and writable mapping, of a file as a rule.
 #[derive(Debug)]
 pub struct SharedMap {
     start: *mut u64,
@@ -27,16 +27,21 @@ impl SharedMap {
     /// # Errors
     /// Those of `mmap`.
     pub fn new(file: &File, len: usize) -> io::Result<Self> {
+        Self::map(len, libc::MAP_SHARED, file.as_raw_fd())
+    }
+
+    /// Maps memory that belongs to this process alone, as a program's heap does.
+    ///
+    /// # Errors
+    /// Those of `mmap`.
+    pub fn anonymous(len: usize) -> io::Result<Self> {
+        Self::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    fn map(len: usize, flags: i32, fd: i32) -> io::Result<Self> {
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0)
         };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -56,22 +61,27 @@ impl SharedMap {
         self.words
     }
 
-    fn word(&self, index: usize) -> &std::sync::atomic::AtomicU64 {
-        assert!(index < self.words, "word {index} of {}", self.words);
+    /// All of its words.
+    #[must_use]
+    pub fn as_words(&self) -> &[AtomicU64] {
         // SAFETY: in bounds, aligned (the mapping is page-aligned), alive as long as `self`; an
         // atomic may be changed by others at any time.
-        unsafe { &*self.start.add(index).cast() }
+        unsafe { std::slice::from_raw_parts(self.start.cast(), self.words) }
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        &self.as_words()[index]
     }
 
     /// Loads a word.
     #[must_use]
     pub fn load(&self, index: usize) -> u64 {
-        self.word(index).load(std::sync::atomic::Ordering::Relaxed)
+        self.word(index).load(Ordering::Relaxed)
     }
 
     /// Stores a word.
     pub fn store(&self, index: usize, value: u64) {
-        self.word(index).store(value, std::sync::atomic::Ordering::Relaxed);
+        self.word(index).store(value, Ordering::Relaxed);
     }
 
     /// Lifts a memory lock from the mapping, which `mlockall` puts on every new one.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use heca_agent::pager::{self, PagerConfig};
+use heca_api::LocalChoice;
 
 use crate::cli::AttachArguments;
 use crate::output;
@@ -55,13 +56,16 @@ pub fn run(arguments: &AttachArguments) -> anyhow::Result<ExitCode> {
     let signals = count_signals()?;
     let pool = &arguments.pool;
     let file = std::path::absolute(&arguments.file)?;
+    let LocalChoice::Fixed(local) = pool.local else {
+        anyhow::bail!("only VMs have automatic budgets: give --local a size");
+    };
     let config = PagerConfig {
         replicas: pool.replicas,
         eviction: pool.eviction,
         prefetch: !pool.no_prefetch,
         spin_us: arguments.spin_us,
         identity: arguments.security.identity()?,
-        ..PagerConfig::new(arguments.pid, file, pool.local, pool.sponsors.clone())
+        ..PagerConfig::new(arguments.pid, file, local, pool.sponsors.clone())
     };
     pager::protect_process();
     let mut handle = pager::start(&config)?;

@@ -66,6 +66,9 @@ pub enum Command {
     /// Play the guest of a benchmark; started by `heca bench`.
     #[command(hide = true)]
     BenchTarget(BenchTargetArguments),
+    /// Sort; started by `heca bench`.
+    #[command(hide = true)]
+    BenchSort(BenchSortArguments),
 }
 
 #[derive(Debug, Args)]
@@ -410,6 +413,9 @@ pub enum Experiment {
     /// How fast memory comes in that is read in order, and how fast it is exchanged when every page
     /// is dirty, beside a raw TCP stream.
     Throughput(ThroughputArguments),
+    /// A native program that sorts, with part of its memory remote, beside zram and a swap file with
+    /// as much local memory.
+    Quicksort(QuicksortArguments),
     /// How long a guest stands still when it is moved, beside QEMU's own ways to move it.
     Migrate(crate::bench::migrate::MigrateArguments),
 }
@@ -462,6 +468,49 @@ pub struct ThroughputArguments {
     /// How long pager and sponsor poll before they sleep, in microseconds.
     #[arg(long, default_value_t = default_spin_us(), value_name = "MICROSECONDS")]
     pub spin_us: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct QuicksortArguments {
+    /// Print one JSON object and nothing else on standard output.
+    #[arg(long)]
+    pub json: bool,
+    /// Times to repeat; medians are reported.
+    #[arg(long, default_value_t = 3)]
+    pub runs: usize,
+    /// Memory to sort, as 8-byte numbers.
+    #[arg(long, default_value_t = ByteSize(512 << 20), value_name = "SIZE")]
+    pub memory: ByteSize,
+    /// Threads that sort.
+    #[arg(long, default_value_t = 4)]
+    pub threads: usize,
+    /// Parts of the memory that are local, in percent.
+    #[arg(long, value_delimiter = ',', default_values_t = [75, 50, 33, 25, 20],
+          value_parser = clap::value_parser!(u64).range(1..=99), value_name = "PERCENT")]
+    pub local: Vec<u64>,
+    /// What is sorted: `random` numbers, which do not compress, or `small` ones, which do.
+    #[arg(long, default_value = "random")]
+    pub values: crate::bench::quicksort::Values,
+    /// What to run beside memory that is all local.
+    #[arg(long, value_delimiter = ',', default_values = ["remote", "mirrored", "zram", "swapfile"],
+          value_name = "PEER")]
+    pub peers: Vec<crate::bench::quicksort::Peer>,
+    /// Directory for the swap file, on a disk.
+    #[arg(long, default_value = "/var/tmp", value_name = "DIR")]
+    pub swap_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchSortArguments {
+    /// A file to map; memory of its own without one.
+    #[arg(long)]
+    pub file: Option<PathBuf>,
+    #[arg(long)]
+    pub bytes: u64,
+    #[arg(long)]
+    pub threads: usize,
+    #[arg(long)]
+    pub values: crate::bench::quicksort::Values,
 }
 
 #[derive(Debug, Args)]

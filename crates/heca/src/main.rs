@@ -86,6 +86,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Memtest(arguments) => return memtest::run(&arguments),
         Command::Hammer(arguments) => return hammer::run(&arguments),
         Command::BenchTarget(arguments) => bench::target::run(&arguments)?,
+        Command::BenchSort(arguments) => bench::quicksort::sort::run(&arguments)?,
     }
     Ok(ExitCode::SUCCESS)
 }

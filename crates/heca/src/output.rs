@@ -95,8 +95,8 @@ pub fn print_pager(stats: &PagerStats) {
         stats.rates.faults
     );
     println!(
-        "  waiting   {} for local memory, {} for a sponsor",
-        gauges.stalled_faults, gauges.blocked_faults
+        "  waiting   {} for local memory, {} for a sponsor; some thread waited for {:.1} s of {:.0} s",
+        gauges.stalled_faults, gauges.blocked_faults, stats.stall_s, stats.uptime_s
     );
     println!(
         "fetched     {} pages on demand, {} ahead ({} used, {} wasted)",
@@ -174,6 +174,7 @@ pub fn print_vm(info: &VmInfo) {
     if let Some(problem) = &info.problem {
         println!("PROBLEM     {problem}");
     }
+    println!("budget      {}", budget(info));
     if info.encrypted {
         println!("sealed      sponsors see no plaintext");
     }
@@ -186,6 +187,14 @@ pub fn print_vm(info: &VmInfo) {
     println!("console     {}", info.console.display());
     if let Some(stats) = &info.pager {
         print_pager(stats);
+    }
+}
+
+/// A VM's local budget, and what it may become.
+pub fn budget(info: &VmInfo) -> String {
+    match &info.auto_local {
+        Some(bounds) => format!("{} (auto, {} to {})", info.local, bounds.min, bounds.max),
+        None => info.local.to_string(),
     }
 }
 

@@ -66,9 +66,12 @@ pub async fn run(arguments: VmArguments) -> anyhow::Result<ExitCode> {
             println!("{name} {}", if run_here { "goes on here" } else { "is another host's" });
         }
         VmCommand::Resize { name, local } => {
-            let info: VmInfo =
-                client.post(&format!("/v1/vms/{name}/resize"), &Resize { local }).await?;
-            println!("{name}: local budget is {} now", info.local);
+            let path = format!("/v1/vms/{name}");
+            let now: VmInfo = client.get(&path).await?;
+            let (local, auto_local) = local.resolve(now.memory, Some(now.local));
+            let resize = Resize { local, auto_local };
+            let info: VmInfo = client.post(&format!("{path}/resize"), &resize).await?;
+            println!("{name}: local budget is {} now", output::budget(&info));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -77,10 +80,12 @@ pub async fn run(arguments: VmArguments) -> anyhow::Result<ExitCode> {
 async fn start(client: &Client, run: RunArguments) -> anyhow::Result<ExitCode> {
     // Absolute paths: the agent has a working directory of its own.
     let absolute = |path: &Path| std::path::absolute(path);
+    let (local, auto_local) = run.pool.local.resolve(run.memory, None);
     let request = VmRequest {
         name: run.name.clone(),
         memory: run.memory,
-        local: run.pool.local,
+        local,
+        auto_local,
         replicas: run.pool.replicas,
         sponsors: run.pool.sponsors,
         vcpus: run.vcpus,
@@ -128,7 +133,7 @@ async fn start(client: &Client, run: RunArguments) -> anyhow::Result<ExitCode> {
             "{} runs: {} of memory, at most {} of it here ({}, {})",
             info.name,
             info.memory,
-            info.local,
+            output::budget(&info),
             info.accel,
             info.pager.as_ref().map_or("no figures yet", |stats| &stats.eviction)
         );

@@ -224,6 +224,7 @@ impl Engine {
             busy |= self.move_on(!busy);
             self.flush();
             let now = Instant::now();
+            self.statistics.waited_for(!self.seen.is_empty(), now);
             self.look_for_overdue(now);
             if now - looked >= PREFETCH_LOOK {
                 looked = now;
@@ -491,6 +492,7 @@ impl Engine {
             remote_pages_peak: self.remote_peak,
             counters: *self.core.counters(),
             latency: self.statistics.latency(),
+            stall_s: self.statistics.stall().as_secs_f64(),
             rates: self.statistics.rates(),
             sponsors,
             cpu_s: cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9,

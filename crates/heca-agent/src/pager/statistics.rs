@@ -49,6 +49,9 @@ pub(super) struct Statistics {
     queue: Timer,
     network: Timer,
     install: Timer,
+    /// Time in which a thread waited, without that since `waits`.
+    stall: Duration,
+    waits: Option<Instant>,
     last: Sample,
     rates: Rates,
 }
@@ -68,6 +71,8 @@ impl Statistics {
             queue: Timer::new(),
             network: Timer::new(),
             install: Timer::new(),
+            stall: Duration::ZERO,
+            waits: None,
             last,
             rates: Rates::default(),
         }
@@ -81,6 +86,23 @@ impl Statistics {
         self.queue.record(sent.saturating_duration_since(seen));
         self.network.record(arrived.saturating_duration_since(sent.max(seen)));
         self.install.record(now - arrived);
+    }
+
+    /// Whether a thread waits for a page now; told after each round.
+    pub(super) fn waited_for(&mut self, now_waits: bool, now: Instant) {
+        match (self.waits, now_waits) {
+            (Some(since), false) => {
+                self.stall += now - since;
+                self.waits = None;
+            }
+            (None, true) => self.waits = Some(now),
+            _ => {}
+        }
+    }
+
+    /// Time in which a thread waited for a page.
+    pub(super) fn stall(&self) -> Duration {
+        self.stall + self.waits.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     pub(super) fn latency(&self) -> Latency {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use heca_api::{ApiError, PagerStats, VmInfo};
+use heca_api::{ApiError, PagerStats, Resize, VmInfo};
 use heca_vmm::command_line::VmPaths;
 
 use super::{EXIT_TIMEOUT, Record, Vm, io_error, lock};
@@ -61,6 +61,18 @@ impl Vm {
             .map_err(|error| io_error("write", &path, &error))
     }
 
+    /// The pager has this budget now.
+    pub(super) fn note_budget(&self, resize: &Resize) -> Result<(), ApiError> {
+        {
+            let mut request = lock(&self.request);
+            (request.local, request.auto_local) = (resize.local, resize.auto_local);
+        }
+        self.change_record(|record| {
+            (record.request.local, record.request.auto_local) = (resize.local, resize.auto_local);
+            record.config.local = resize.local;
+        })
+    }
+
     /// Changes what is written down about the VM; what could not be written has not changed.
     pub(super) fn change_record(&self, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
         let mut held = lock(&self.record);
@@ -116,6 +128,7 @@ impl Vm {
             state,
             memory: request.memory,
             local: request.local,
+            auto_local: request.auto_local,
             replicas: request.replicas,
             vcpus: request.vcpus,
             accel: lock(&self.accel).clone(),

@@ -2,6 +2,7 @@
 
 mod fault;
 pub mod migrate;
+pub mod quicksort;
 mod scratch;
 mod sponsor;
 pub mod target;
@@ -18,6 +19,7 @@ pub fn run(arguments: &BenchArguments) -> anyhow::Result<()> {
     match &arguments.experiment {
         Experiment::Fault(arguments) => fault::run(arguments),
         Experiment::Throughput(arguments) => throughput::run(arguments),
+        Experiment::Quicksort(arguments) => quicksort::run(arguments),
         Experiment::Migrate(arguments) => migrate::run(arguments),
     }
 }

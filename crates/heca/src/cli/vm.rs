@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use heca_api::{AccelChoice, EvictionChoice, MigrationMode, Network, SponsorAddress};
+use heca_api::{AccelChoice, EvictionChoice, LocalChoice, MigrationMode, Network, SponsorAddress};
 use heca_types::ByteSize;
 
 use super::{RUN_DIR, SecurityArguments, default_spin_us};
@@ -80,9 +80,9 @@ pub enum VmCommand {
     /// Change a VM's local budget while it runs.
     Resize {
         name: String,
-        /// New local budget.
+        /// New local budget: a size, `auto`, or `auto:MIN..MAX`.
         #[arg(long, value_name = "SIZE")]
-        local: ByteSize,
+        local: LocalChoice,
     },
 }
 
@@ -127,9 +127,10 @@ fn parse_ms(text: &str) -> Result<u64, String> {
 
 #[derive(Debug, Args)]
 pub struct PoolArguments {
-    /// Part of the memory that may be on this host at a time.
+    /// Part of the memory that may be on this host at a time: a size; `auto` for as much as the VM
+    /// needs to stall no more than 1 % of the time; or `auto:MIN..MAX`.
     #[arg(long, value_name = "SIZE")]
-    pub local: ByteSize,
+    pub local: LocalChoice,
     /// Sponsors that hold each part of the memory.
     #[arg(long, default_value_t = 2)]
     pub replicas: usize,
