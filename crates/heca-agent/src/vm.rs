@@ -26,7 +26,7 @@ use heca_types::OwnerId;
 use heca_types::limits::SPONSORS_MAX;
 use heca_vmm::command_line::{VmPaths, VmSpec};
 use heca_vmm::host;
-use heca_vmm::qmp::Qmp;
+use heca_vmm::qmp::{Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -108,6 +108,10 @@ struct Vm {
     leave: Mutex<Option<Arc<Leave>>>,
     /// What an operator decided about a move whose target is silent: whether it runs here.
     resolution: Mutex<Option<bool>>,
+    /// A thread has the guest go on, which is held.
+    resuming: AtomicBool,
+    /// Held while the budget is changed.
+    sizing: tokio::sync::Mutex<()>,
     /// A target was told of every page: the pager may not be replaced, unless the VM stays.
     switched: AtomicBool,
 }
@@ -209,6 +213,8 @@ impl VmManager {
             program: self.program.clone(),
             leave: Mutex::default(),
             resolution: Mutex::default(),
+            resuming: AtomicBool::new(false),
+            sizing: tokio::sync::Mutex::default(),
             switched: AtomicBool::new(false),
         }
     }
@@ -253,6 +259,7 @@ impl VmManager {
         if let Some(bounds) = &resize.auto_local {
             bounds.check(lock(&vm.request).memory)?;
         }
+        let _sizing = vm.sizing.lock().await;
         let answer = Client::new(&vm.pager_socket()).post::<()>("/v1/resize", resize).await;
         answer.map_err(|error| pager_error(name, error))?;
         vm.note_budget(resize)
@@ -510,18 +517,16 @@ impl VmManager {
         let _starting = lock(&vm.starting);
         let qemu = lock(&vm.running).as_ref().map(|running| running.qemu.clone());
         if let Some(qemu) = qemu {
-            let mut qmp = lock(&vm.qmp);
-            if grace_ms > 0
-                && let Some(qmp) = qmp.as_mut()
-                && qmp.system_powerdown().is_ok()
-            {
+            let tell = |command: fn(&mut Qmp) -> Result<(), QmpError>| {
+                !qemu.wait(Duration::ZERO)
+                    && vm.with_qmp(|qmp| command(qmp).map_err(|e| qemu::failed(&e))).is_ok()
+            };
+            if grace_ms > 0 && tell(Qmp::system_powerdown) {
                 qemu.wait(Duration::from_millis(grace_ms));
             }
-            if let Some(qmp) = qmp.as_mut() {
-                let _ = qmp.quit();
+            if tell(Qmp::quit) {
+                qemu.wait(Duration::from_secs(5));
             }
-            drop(qmp);
-            qemu.wait(Duration::from_secs(5));
         }
         vm.kill_all();
         end(&vm);

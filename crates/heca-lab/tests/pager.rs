@@ -80,6 +80,26 @@ fn every_byte_survives_changes_of_the_budget() {
 }
 
 #[test]
+fn a_stream_runs_over_the_border_of_two_mappings() {
+    let bench = Bench::new("border", 2);
+    let mut target = Target::start(&bench.ram());
+    let handle = start(&bench.config(target.pid(), 2, EvictionChoice::Auto));
+    target.ask(&json!({ "Write": { "first": 0, "end": PAGES } }));
+    target.answer();
+    // Wherever runs begin, some lie over one of these.
+    for page in (1000..PAGES).step_by(997) {
+        target.ask(&json!({ "Split": { "page": page } }));
+        assert_eq!(target.answer()["wrong"], 0);
+    }
+    for dirty in [false, true, false] {
+        target.ask(&json!({ "Scan": { "first": 0, "end": PAGES, "dirty": dirty } }));
+        assert_eq!(target.answer()["wrong"], 0);
+    }
+    let counters = handle.stats().expect("the pager goes on").counters;
+    assert!(counters.mapped_ahead > 10_000, "{counters:?}");
+}
+
+#[test]
 fn a_sponsor_that_ends_loses_nothing_that_is_mirrored() {
     let mut bench = Bench::new("sponsor-lost", 3);
     let mut target = Target::start(&bench.ram());

@@ -94,6 +94,20 @@ impl SharedMap {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
+    /// Makes two mappings of it for the kernel, with the border at `offset` bytes.
+    ///
+    /// # Errors
+    /// Those of `madvise`.
+    pub fn split(&self, offset: usize) -> io::Result<()> {
+        assert!(offset < self.words * 8);
+        // SAFETY: the range lies in this mapping; the advice concerns core dumps only.
+        let result = unsafe {
+            let at = self.start.cast::<u8>().add(offset).cast();
+            libc::madvise(at, self.words * 8 - offset, libc::MADV_DONTDUMP)
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Unmaps the pages of `len` bytes at `offset` without freeing them (`MADV_DONTNEED`).
     ///
     /// # Errors

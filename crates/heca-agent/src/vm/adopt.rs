@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use heca_api::{ApiError, MigrationMode, VmState};
@@ -106,6 +107,8 @@ impl VmManager {
         has_no_pager: bool,
     ) {
         let (manager, vm) = (self.clone(), vm.clone());
+        // A move that begins meanwhile would meet this.
+        vm.resuming.store(true, Ordering::SeqCst);
         std::thread::spawn(move || {
             let name = lock(&vm.request).name.clone();
             let quick = Duration::from_secs(10);
@@ -123,7 +126,9 @@ impl VmManager {
                 let _ = vm.change_record(|record| record.incoming = None);
             }
             let _ = tell("/v1/export/abort");
-            if !vm.resume() {
+            let resumed = vm.resume();
+            vm.resuming.store(false, Ordering::SeqCst);
+            if !resumed {
                 return;
             }
             *lock(&vm.problem) = None;

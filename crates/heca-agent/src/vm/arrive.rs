@@ -4,6 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -107,6 +108,9 @@ impl VmManager {
             return Err(ApiError::new("too-many", text).hint("try again later"));
         }
         check_budget(request.local)?;
+        if let Some(bounds) = &request.auto_local {
+            bounds.check(request.memory)?;
+        }
         let accel = match prepare.accel.as_str() {
             "kvm" => host::AccelChoice::Kvm,
             _ => host::AccelChoice::Tcg,
@@ -446,10 +450,12 @@ impl VmManager {
         if let Err(error) = gone_on {
             tracing::error!(vm = name, "the guest does not go on yet: {error}");
             let vm = vm.clone();
+            vm.resuming.store(true, Ordering::SeqCst);
             std::thread::spawn(move || {
                 if vm.resume() {
                     *lock(&vm.problem) = None;
                 }
+                vm.resuming.store(false, Ordering::SeqCst);
             });
         }
     }

@@ -94,7 +94,11 @@ fn look(vms: &[Arc<Vm>], room_bytes: i64, seen: &mut HashMap<String, Seen>) {
     let demands: Vec<(&Arc<Vm>, Demand)> =
         vms.iter().filter_map(|vm| Some((vm, demand(vm, seen)?))).collect();
     let figures: Vec<Demand> = demands.iter().map(|(_, demand)| *demand).collect();
-    let planned = plan(&figures, room_bytes / PAGE_BYTES as i64);
+    let room = room_bytes / PAGE_BYTES as i64;
+    // What budgets allow and nobody has taken yet is free memory only in name.
+    let promised: u64 = figures.iter().map(|vm| vm.budget.saturating_sub(vm.local)).sum();
+    let room = if room >= 0 { (room - promised as i64).max(0) } else { room };
+    let planned = plan(&figures, room);
     for ((vm, demand), pages) in demands.into_iter().zip(planned) {
         // What is not worth a word.
         if pages.abs_diff(demand.budget) <= demand.budget / 1000 {
@@ -108,6 +112,7 @@ fn look(vms: &[Arc<Vm>], room_bytes: i64, seen: &mut HashMap<String, Seen>) {
 }
 
 fn resize(vm: &Vm, local: ByteSize) -> Result<(), heca_api::ApiError> {
+    let _sizing = vm.sizing.blocking_lock();
     let auto_local = lock(&vm.request).auto_local;
     // It was given a fixed one meanwhile.
     let Some(bounds) = auto_local else { return Ok(()) };

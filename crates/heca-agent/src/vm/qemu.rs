@@ -6,7 +6,7 @@ use heca_api::{ApiError, MigrationMode};
 use heca_vmm::qmp::{Qmp, QmpError};
 use serde_json::{Value, json};
 
-use super::{Vm, lock};
+use super::{QMP_TIMEOUT, Vm, lock};
 
 /// States of a QEMU whose guest is held for a migration, or after one.
 const HELD: [&str; 4] = ["paused", "prelaunch", "inmigrate", "postmigrate"];
@@ -40,7 +40,9 @@ impl Vm {
             Some(qmp) => qmp,
             None => {
                 let connected = Qmp::connect(&self.paths().qmp_socket, CONNECT_TIME);
-                held.insert(connected.map_err(|error| failed(&error))?)
+                let mut qmp = connected.map_err(|error| failed(&error))?;
+                qmp.set_timeout(QMP_TIMEOUT);
+                held.insert(qmp)
             }
         };
         let outcome = work(qmp);

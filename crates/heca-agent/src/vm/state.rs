@@ -76,7 +76,10 @@ impl Vm {
     /// Changes what is written down about the VM; what could not be written has not changed.
     pub(super) fn change_record(&self, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
         let mut held = lock(&self.record);
-        let Some(mut record) = held.clone() else { return Ok(()) };
+        let Some(mut record) = held.clone() else {
+            // Its files may be those of another VM of this name by now.
+            return Err(ApiError::new("ended", "the VM ended"));
+        };
         change(&mut record);
         self.store_record(&record)?;
         *held = Some(record);

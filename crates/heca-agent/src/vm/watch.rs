@@ -161,7 +161,7 @@ pub(super) fn replace_pager(vm: &Vm, qemu: &Process, lost: Instant) {
 }
 
 /// Changes the state of a VM that has not ended.
-fn enter(vm: &Vm, state: VmState) -> bool {
+pub(super) fn enter(vm: &Vm, state: VmState) -> bool {
     let mut now = lock(&vm.state);
     if *now == VmState::Stopped {
         return false;
@@ -181,6 +181,7 @@ pub(super) fn end(vm: &Vm) {
     {
         *lock(&vm.last_stats) = Some(stats);
     }
+    lock(&vm.record).take();
     vm.clean_up_runtime();
     lock(&vm.qmp).take();
     lock(&vm.running).take();

@@ -144,6 +144,14 @@ impl Streams {
         }
     }
 
+    /// So many pages were mapped along with the one that was accessed: of their use nobody hears.
+    pub(super) fn mapped(&mut self, page: u64, stride: i64, pages: u32) {
+        let is = |stream: &&mut Stream| stream.last == page && stream.trend == stride;
+        if let Some(stream) = self.streams.iter_mut().find(is) {
+            stream.asked = stream.asked.max(pages);
+        }
+    }
+
     /// A prefetched page was used.
     pub(super) fn useful(&mut self) {
         self.window_cap = (self.window_cap + 1).min(PREFETCH_WINDOW_MAX);
@@ -180,6 +188,15 @@ mod tests {
         let ahead = streams.access(101);
         streams.cut(101, ahead, 1);
         assert_eq!(pages(streams.access(102)), (103..111).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_stream_goes_on_behind_pages_that_were_there() {
+        let mut streams = Streams::new();
+        streams.access(100);
+        let ahead = streams.access(101);
+        streams.mapped(101, ahead.stride, 64);
+        assert_eq!(streams.access(166).stride, 1);
     }
 
     #[test]

@@ -105,6 +105,7 @@ impl Pager {
             at = next;
         }
         self.counters.mapped_ahead += run.len() as u64;
+        self.streams.mapped(page.0, stride, run.len() as u32);
         if stride < 0 {
             run.reverse();
             // Behind them comes the page itself.

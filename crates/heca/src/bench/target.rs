@@ -21,6 +21,8 @@ const PAGE_WORDS: usize = PAGE_BYTES / 8;
 pub(super) enum Order {
     /// Write the value that belongs to each page of `first..end`, over the whole page.
     Write { first: usize, end: usize },
+    /// Split the mapping in two at a page, as advice for a part of it does.
+    Split { page: usize },
     /// Load a word of each page of `first..end`, in order, and compare it with what was written;
     /// with `dirty`, store it again, so that every page has to go back.
     Scan { first: usize, end: usize, dirty: bool },
@@ -140,6 +142,10 @@ fn carry_out(map: &SharedMap, order: &Order, writes: &mut Vec<Writes>) -> Measur
             }
             let seconds = begun.elapsed().as_secs_f64();
             Measured { count: end - first, seconds, ..Measured::default() }
+        }
+        Order::Split { page } => {
+            let wrong = usize::from(map.split(page * PAGE_BYTES).is_err());
+            Measured { wrong, ..Measured::default() }
         }
         Order::Scan { first, end, dirty } => {
             let mut wrong = 0;

@@ -33,7 +33,11 @@ impl Engine {
             let Action::Continue { page, protect } = action else { return };
             let len = (rest.len() * PAGE_BYTES) as u64;
             let address = self.context.target.address(page);
-            let (done, outcome) = self.context.uffd.map_run(address, len, protect);
+            let (mut done, mut outcome) = self.context.uffd.map_run(address, len, protect);
+            // So says the kernel of a run over two mappings, too.
+            if matches!((done, &outcome), (0, Err(ResolveError::Gone))) && rest.len() > 1 {
+                (done, outcome) = self.context.uffd.map_run(address, PAGE_BYTES as u64, protect);
+            }
             let (mapped, more) = rest.split_at(done as usize / PAGE_BYTES);
             for (&action, number) in mapped.iter().zip(page.0..) {
                 self.installed(action, PageIndex(number), Install::Continue, Ok(()));

@@ -1,6 +1,7 @@
 //! The right to run goes to the target, and then what is behind.
 
 use super::*;
+use crate::vm::watch::enter;
 
 /// How often a target that does not take what is behind is asked whether it still wants it.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
@@ -123,7 +124,7 @@ impl Leave {
         if lock(&self.info).phase != MigrationPhase::Unconfirmed {
             self.enter(MigrationPhase::Unconfirmed);
         }
-        *lock(&self.vm.state) = VmState::Leaving;
+        enter(&self.vm, VmState::Leaving);
         *lock(&self.vm.problem) = Some(format!(
             "it is not known whether the VM runs on {}: {reason}. It is held here until that host \
              answers. If it never will: `heca vm migrate-resolve {name} --run-here` (only if it \
@@ -135,7 +136,7 @@ impl Leave {
     /// The guest runs on the target. What is behind follows.
     fn gone(self: &Arc<Self>, manager: &Arc<VmManager>, handover: &Handover) {
         lock(&self.info).error = None;
-        *lock(&self.vm.state) = VmState::Leaving;
+        enter(&self.vm, VmState::Leaving);
         *lock(&self.vm.problem) = None;
         self.enter(MigrationPhase::Following);
         let by_qemu = handover.pager.is_none();

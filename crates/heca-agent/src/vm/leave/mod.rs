@@ -106,6 +106,10 @@ impl VmManager {
             let text = format!("`{name}` cannot move now: it is not running ({state:?})");
             return Err(ApiError::new("not-running", text));
         }
+        if vm.resuming.load(Ordering::SeqCst) {
+            let text = format!("`{name}` cannot move now: its guest does not go on yet");
+            return Err(ApiError::new("held", text).hint("`heca vm show` tells why"));
+        }
         let to = with_port(&request.to);
         if request.safe && (request.mode.is_qemu() || !request.mode.is_postcopy()) {
             let text = format!("--safe does not go with --mode {}", request.mode.name());
