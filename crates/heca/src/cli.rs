@@ -97,7 +97,8 @@ pub struct AgentArguments {
     lease_ms: u64,
     #[command(flatten)]
     security: SecurityArguments,
-    /// Give extents back to other sponsors when the host has less memory than this available.
+    /// Give extents back to other sponsors when the host has less memory than this available, and
+    /// leave as much alone when local budgets grow (`--local auto`).
     #[arg(long, default_value = "0", value_name = "SIZE")]
     keep_free: ByteSize,
     #[command(flatten)]

@@ -3,6 +3,7 @@
 //! The world here is synchronous: every action is carried out at once, so after each step nothing
 //! is in flight. Interleavings are the simulation's business.
 
+mod evict;
 mod handover;
 mod rebuild;
 
@@ -244,43 +245,6 @@ impl World {
             self.run(Event::Fault { page: index, kind });
         }
         None
-    }
-}
-
-#[test]
-fn neighbours_of_a_victim_leave_with_it_and_nothing_between_them_stays() {
-    let mut world = World::new(Protection::Zap, 1024, 2, 2);
-    // Scattered over the region, so that no two of one group follow each other.
-    let order: Vec<u64> = (0..2000).map(|i| i * 769 % PAGES).collect();
-    let mut batches = Vec::new();
-    for &page in &order {
-        let mut actions = Vec::new();
-        let fault = Event::Fault { page: PageIndex(page), kind: FaultKind::Missing };
-        world.pager.step(fault, &mut actions);
-        let victims = |actions: &[Action]| -> Vec<u64> {
-            let pages = actions.iter().filter_map(|action| match action {
-                Action::Unmap { page, .. } => Some(page.0),
-                _ => None,
-            });
-            pages.collect()
-        };
-        batches.push(victims(&actions));
-        for action in actions {
-            if let Some((page, what, result)) = world.install(action, fault) {
-                world.run(Event::Installed { page, what, result });
-            } else {
-                world.carry_out(action);
-            }
-        }
-        while let Some(event) = world.queue.pop_front() {
-            world.run(event);
-        }
-    }
-    batches.retain(|batch| !batch.is_empty());
-    assert!(batches.len() > 10, "{}", batches.len());
-    for batch in batches {
-        let groups: std::collections::BTreeSet<u64> = batch.iter().map(|page| page / 512).collect();
-        assert!(groups.len() <= 2, "{batch:?}");
     }
 }
 

@@ -7,6 +7,7 @@ mod scratch;
 mod sponsor;
 pub mod target;
 mod throughput;
+mod worker;
 
 use std::fs;
 

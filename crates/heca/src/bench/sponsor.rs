@@ -49,7 +49,7 @@ impl BenchSponsor {
 
     /// Processor time that it used, in seconds.
     pub(super) fn cpu_s(&self) -> f64 {
-        super::target::process_cpu_s(self.child.id())
+        super::worker::process_cpu_s(self.child.id())
     }
 }
 

@@ -1,17 +1,17 @@
 //! The program that plays the guest: maps a file, touches pages on command, measures each touch.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::Context;
 use hdrhistogram::Histogram;
 use heca_sys::map::SharedMap;
 use heca_types::limits::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 
+use super::worker::Worker;
 use crate::cli::BenchTargetArguments;
 
 const PAGE_WORDS: usize = PAGE_BYTES / 8;
@@ -209,62 +209,20 @@ pub fn run(arguments: &BenchTargetArguments) -> anyhow::Result<()> {
 }
 
 /// A target process, from the benchmark's side.
-pub(super) struct Target {
-    child: Child,
-    input: Option<ChildStdin>,
-    output: BufReader<ChildStdout>,
-}
+pub(super) struct Target(Worker);
 
 impl Target {
     pub(super) fn start(file: &Path) -> anyhow::Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
-            .arg("bench-target")
-            .arg("--file")
-            .arg(file)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("start the target")?;
-        let input = child.stdin.take();
-        let output = BufReader::new(child.stdout.take().context("output is piped")?);
-        let mut target = Self { child, input, output };
-        anyhow::ensure!(target.line()?.trim() == "ready", "the target did not start");
-        Ok(target)
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("bench-target").arg("--file").arg(file);
+        Worker::start(command).map(Self)
     }
 
     pub(super) fn pid(&self) -> i32 {
-        self.child.id() as i32
-    }
-
-    fn line(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        anyhow::ensure!(self.output.read_line(&mut line)? > 0, "the target ended");
-        Ok(line)
+        self.0.pid() as i32
     }
 
     pub(super) fn order(&mut self, order: &Order) -> anyhow::Result<Measured> {
-        let input = self.input.as_mut().context("input is open")?;
-        writeln!(input, "{}", serde_json::to_string(order)?)?;
-        input.flush()?;
-        Ok(serde_json::from_str(&self.line()?)?)
+        self.0.ask(&serde_json::to_string(order)?)
     }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        self.input.take();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Processor time of a process, in seconds.
-pub(super) fn process_cpu_s(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let Some(end) = stat.rfind(')') else { return 0.0 };
-    let fields: Vec<u64> =
-        stat[end + 1..].split_whitespace().map(|f| f.parse().unwrap_or(0)).collect();
-    // User and system time are fields 14 and 15 of the line.
-    let ticks = fields.get(11).unwrap_or(&0) + fields.get(12).unwrap_or(&0);
-    ticks as f64 / rustix::param::clock_ticks_per_second() as f64
 }

@@ -25,7 +25,8 @@ use serde_json::{Value, json};
 
 use super::scratch::{Scratch, new_ram};
 use super::sponsor::BenchSponsor;
-use super::target::{Order, Target, process_cpu_s};
+use super::target::{Order, Target};
+use super::worker::process_cpu_s;
 use super::{Outcome, machine, median};
 use crate::cli::ThroughputArguments;
 

@@ -19,9 +19,8 @@ pub mod sort;
 mod swap;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -37,7 +36,7 @@ use self::sort::Answer;
 use self::swap::{MemoryLimit, Swap};
 use super::scratch::{Scratch, new_ram};
 use super::sponsor::BenchSponsor;
-use super::target::process_cpu_s;
+use super::worker::{Worker, process_cpu_s};
 use super::{Outcome, machine, median};
 use crate::cli::QuicksortArguments;
 
@@ -120,11 +119,7 @@ struct Sorted {
 }
 
 /// The program, from the benchmark's side.
-struct Program {
-    child: Child,
-    input: Option<ChildStdin>,
-    output: BufReader<ChildStdout>,
-}
+struct Program(Worker);
 
 impl Program {
     fn start(arguments: &QuicksortArguments, file: Option<&Path>) -> anyhow::Result<Self> {
@@ -135,50 +130,26 @@ impl Program {
         if let Some(file) = file {
             command.arg("--file").arg(file);
         }
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("start the program that sorts")?;
-        let input = child.stdin.take();
-        let output = BufReader::new(child.stdout.take().context("output is piped")?);
-        let mut program = Self { child, input, output };
-        anyhow::ensure!(program.line()?.trim() == "ready", "the program did not start");
-        Ok(program)
-    }
-
-    fn line(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        let text = "the program that sorts ended (was it killed, as memory ran out?)";
-        anyhow::ensure!(self.output.read_line(&mut line)? > 0, text);
-        Ok(line)
+        Worker::start(command).map(Self)
     }
 
     fn tell(&mut self, command: &str) -> anyhow::Result<Answer> {
-        writeln!(self.input.as_mut().context("input is open")?, "{command}")?;
-        let answer: Answer = serde_json::from_str(&self.line()?)?;
+        let text = "the program that sorts (was it killed, as memory ran out?)";
+        let answer: Answer = self.0.ask(command).context(text)?;
         anyhow::ensure!(answer.wrong == 0, "{} numbers are wrong", answer.wrong);
         Ok(answer)
     }
 
-    fn cpu_s(&self) -> f64 {
-        process_cpu_s(self.child.id())
-    }
-
-    /// Sorts without a pager.
+    /// Sorts; what came of it is still to be checked.
     fn sort(&mut self) -> anyhow::Result<Sorted> {
-        let before = self.cpu_s();
+        let before = process_cpu_s(self.0.pid());
         let answer = self.tell("sort")?;
-        let cpu_s = [self.cpu_s() - before, 0.0, 0.0];
+        let cpu_s = [process_cpu_s(self.0.pid()) - before, 0.0, 0.0];
         Ok(Sorted { seconds: answer.seconds, cpu_s, detail: Value::Null })
     }
-}
 
-impl Drop for Program {
-    fn drop(&mut self) {
-        self.input.take();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    fn check(&mut self) -> anyhow::Result<()> {
+        self.tell("check").map(drop)
     }
 }
 
@@ -217,6 +188,7 @@ pub(super) fn run(arguments: &QuicksortArguments) -> anyhow::Result<()> {
         let mut program = Program::start(arguments, None)?;
         program.tell("fill")?;
         all_local.push(program.sort()?);
+        program.check()?;
         drop(program);
         for &local in &arguments.local {
             for &peer in &arguments.peers {
@@ -331,7 +303,7 @@ impl Bench<'_> {
             replicas,
             spin_us,
             ..PagerConfig::new(
-                program.child.id() as i32,
+                program.0.pid() as i32,
                 ram,
                 ByteSize(arguments.memory.0 * local / 100),
                 addresses.map(|address| SponsorAddress { address, weight: 1 }).collect(),
@@ -359,6 +331,7 @@ impl Bench<'_> {
             "evicted_dirty_pages": after.evicted_dirty_pages - before.evicted_dirty_pages,
             "evicted_clean_pages": after.evicted_clean_pages - before.evicted_clean_pages,
         });
+        program.check()?;
         drop(program);
         handle.finish();
         Ok(sorted)
@@ -368,12 +341,12 @@ impl Bench<'_> {
     fn limited(&self, local: f64, swap: &Swap) -> anyhow::Result<Sorted> {
         let group = MemoryLimit::new()?;
         let mut program = Program::start(self.arguments, None)?;
-        group.take(program.child.id())?;
+        group.take(program.0.pid())?;
         group.allow((self.arguments.memory.0 as f64 * local / 100.0) as u64)?;
         program.tell("fill")?;
         let mut sorted = program.sort()?;
         sorted.detail = json!({ "program_local_percent": local, "zram": swap.zram_use() });
-        drop(program);
+        program.check()?;
         Ok(sorted)
     }
 
@@ -401,7 +374,7 @@ impl Bench<'_> {
         let swap = Swap::zram(self.swap_bytes())?;
         let group = MemoryLimit::new()?;
         let mut program = Program::start(self.arguments, None)?;
-        group.take(program.child.id())?;
+        group.take(program.0.pid())?;
         group.allow(self.arguments.memory.0 / 2)?;
         program.tell("fill")?;
         let (held, taken) = swap.zram_use().context("zram tells what it uses")?;

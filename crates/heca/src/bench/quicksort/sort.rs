@@ -126,12 +126,16 @@ pub fn run(arguments: &BenchSortArguments) -> anyhow::Result<()> {
                 before = digest(words);
                 Answer { seconds, wrong: 0 }
             }
-            _ => {
+            "sort" => {
                 quicksort(words, arguments.threads);
-                let seconds = begun.elapsed().as_secs_f64();
+                Answer { seconds: begun.elapsed().as_secs_f64(), wrong: 0 }
+            }
+            // By itself: what it costs is not part of sorting.
+            _ => {
                 let at = |i: usize| words[i].load(Ordering::Relaxed);
                 let wrong = (1..words.len()).filter(|&i| at(i - 1) > at(i)).count();
-                Answer { seconds, wrong: wrong + usize::from(digest(words) != before) }
+                let wrong = wrong + usize::from(digest(words) != before);
+                Answer { seconds: begun.elapsed().as_secs_f64(), wrong }
             }
         };
         writeln!(out, "{}", serde_json::to_string(&answer)?)?;
